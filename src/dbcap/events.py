@@ -1,0 +1,69 @@
+"""What the core tells whoever runs it. The CLI renders these with rich; a library user may pass `Silent` or an own class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Tracker(Protocol):
+    """Progress of one piece of long work."""
+
+    def advance(self, count: int = 1) -> None:
+        """Report `count` more units as done."""
+
+    def fail(self, count: int = 1) -> None:
+        """Report `count` units as failed; they count as done too."""
+
+
+class Events(Protocol):
+    """The progress protocol. Messages are single lines without markup."""
+
+    def say(self, message: str) -> None:
+        """Tell the user something worth knowing (silenced by --quiet)."""
+
+    def warn(self, message: str) -> None:
+        """Tell the user about something doubtful (silenced by --quiet)."""
+
+    def fail(self, message: str) -> None:
+        """Tell the user that one input failed; the work goes on."""
+
+    def detail(self, message: str) -> None:
+        """Explain a choice (shown with --verbose)."""
+
+    def track(self, title: str, total: int | None, unit: str = "images") -> _Tracking:
+        """Open a progress display; use as `with events.track("Captioning", 40) as tracker`. `unit="bytes"` shows sizes."""
+
+
+class _Tracking(Protocol):
+    def __enter__(self) -> Tracker: ...
+    def __exit__(self, *exc: object) -> bool | None: ...
+
+
+class _NoTracker:
+    def advance(self, count: int = 1) -> None:
+        pass
+
+    def fail(self, count: int = 1) -> None:
+        pass
+
+
+class Silent:
+    """Events that nobody hears."""
+
+    def say(self, message: str) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        pass
+
+    def fail(self, message: str) -> None:
+        pass
+
+    def detail(self, message: str) -> None:
+        pass
+
+    @contextmanager
+    def track(self, title: str, total: int | None, unit: str = "images") -> Iterator[Tracker]:
+        yield _NoTracker()

@@ -1,0 +1,144 @@
+"""Files that survive a kill: atomic writes, locks that die with their process, content hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dbcap.errors import DbcapError, LockHeldError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`: a reader sees the old content or the new, never a part. Creates the folder."""
+    with open_atomic(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that takes the name `path` when the block ends well, and vanishes when it does not.
+
+    A symbolic link keeps being one: its target is replaced. The mode of an existing file is kept.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system can do that."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse to sync a folder
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Lock:
+    """An exclusive lock on the file `path`, released by the system when the process dies.
+
+    Use as a context manager. Raises `LockHeldError` at once when somebody else holds it. With `remove` the file goes
+    when the lock is released; a process that is killed leaves it behind, which does no harm.
+    """
+
+    def __init__(self, path: Path, *, remove: bool = False) -> None:
+        self.path = path
+        self._remove = remove
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Lock:
+        while self._file is None:
+            file = self._open()
+            if _same_file(file, self.path):
+                self._file = file
+            else:  # the holder before us removed the file that we had opened: a lock on it would lock nobody out
+                file.close()
+        return self
+
+    def _open(self) -> IO[bytes]:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = self.path.open("ab")
+        except OSError as error:
+            raise DbcapError(f"cannot open the lock file {self.path}: {error.strerror}") from error
+        try:
+            if sys.platform == "win32":
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise LockHeldError(
+                f"another dbcap is at work here: it holds {self.path}", "wait for it to end, or choose another output"
+            ) from None
+        return file
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file:
+            if self._remove and sys.platform != "win32":
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def _same_file(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def folder_size(folder: Path) -> tuple[int, int]:
+    """Return the number of files below a folder and their bytes; a link counts as nothing."""
+    sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    return len(sizes), sum(sizes)
+
+
+def in_units(size: int) -> str:
+    """Show a number of bytes as people read it: 983 MB."""
+    value = float(size)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "bytes" or value >= 100 else f"{value:.1f} {unit}"
