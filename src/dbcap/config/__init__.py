@@ -1,0 +1,1 @@
+"""Settings: one frozen model per command, seven places a value may come from, and where each came from."""

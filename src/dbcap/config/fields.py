@@ -1,0 +1,138 @@
+"""One option is one field: what a field knows about its option, its key, its variable and its allowed values."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+PREFIX = "DBCAP_"
+
+
+class Section(BaseModel):
+    """Base of the configuration models: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
+
+
+@dataclass(frozen=True)
+class Cli:
+    """What the command line shows of a field."""
+
+    flags: tuple[str, ...] = ()
+    group: str = "Options"
+    unset: str = ""  # how help names the default `None`
+    metavar: str = ""
+    argument: bool = False  # positional; cannot be set in a file or the environment
+
+
+def option(
+    default: Any, help: str, *flags: str, group: str = "Options", unset: str = "", metavar: str = "", **bounds: Any
+) -> Any:  # noqa: A002
+    """Declare a field that is an option. `flags` are added to the one derived from its name."""
+    cli = Cli(flags=flags, group=group, unset=unset, metavar=metavar)
+    return Field(default, description=help, json_schema_extra={"cli": cli}, **bounds)  # type: ignore[dict-item]
+
+
+def argument(metavar: str, help: str, default: Any = ...) -> Any:  # noqa: A002
+    """Declare a field that is given by position, on the command line only."""
+    return Field(default, description=help, json_schema_extra={"cli": Cli(metavar=metavar, argument=True)})  # type: ignore[dict-item]
+
+
+def cli_of(field: FieldInfo) -> Cli:
+    """Return the command line facts of a field made by `option` or `argument`."""
+    extra = field.json_schema_extra
+    cli = extra.get("cli") if isinstance(extra, dict) else None
+    return cli if isinstance(cli, Cli) else Cli()
+
+
+def flag_of(name: str) -> str:
+    """Return the long option of a field: `num_beams` -> `--num-beams`."""
+    return "--" + name.replace("_", "-")
+
+
+def variable_of(key: str) -> str:
+    """Return the environment variable of a key: `caption.num_beams` -> `DBCAP_CAPTION__NUM_BEAMS`."""
+    return PREFIX + key.replace(".", "__").upper()
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a type, without `None` and without their bounds."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(m for part in get_args(annotation) for m in members(part))
+    if get_origin(annotation) is Annotated:
+        return members(get_args(annotation)[0])
+    return () if annotation is type(None) else (annotation,)
+
+
+def _all_bounds(annotation: Any) -> list[Any]:
+    found = [item for part in get_args(annotation) for item in _all_bounds(part)]
+    return found + list(getattr(annotation, "__metadata__", ()))
+
+
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """Return the literal values that a field allows."""
+    return tuple(str(v) for m in members(field.annotation) if get_origin(m) is Literal for v in get_args(m))
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """Tell whether the field is on or off."""
+    return members(field.annotation) == (bool,)
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Tell whether the option may be given several times."""
+    return any(get_origin(m) is tuple for m in members(field.annotation))
+
+
+def metavar_of(field: FieldInfo) -> str:
+    """Return the word that help shows for the value."""
+    if own := cli_of(field).metavar:
+        return own
+    kinds = [m for m in members(field.annotation) if get_origin(m) is not Literal]
+    return (
+        "|".join([*choices(field), *({int: "N", float: "X"}.get(kind, "TEXT") for kind in kinds)]) if kinds else "WORD"
+    )
+
+
+def allowed(field: FieldInfo) -> str:
+    """Say in words which values a field takes: `auto or an integer of at least 1`."""
+    parts = []
+    if values := choices(field):
+        parts.append(values[0] if len(values) == 1 else "one of " + ", ".join(values))
+    for member in members(field.annotation):
+        if get_origin(member) is Literal:
+            continue
+        words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(member, "a list of text")
+        parts.append(words + _bounds(field))
+    return " or ".join(parts)
+
+
+def _bounds(field: FieldInfo) -> str:
+    words = []
+    for item in [*field.metadata, *_all_bounds(field.annotation)]:
+        if isinstance(item, annotated_types.Ge):
+            words.append(f"of at least {item.ge}")
+        elif isinstance(item, annotated_types.Gt):
+            words.append(f"above {item.gt}")
+        elif isinstance(item, annotated_types.Le):
+            words.append(f"of at most {item.le}")
+        elif isinstance(item, annotated_types.MinLen):
+            words.append("that is not empty")
+    return " " + " and ".join(words) if words else ""
+
+
+def default_text(field: FieldInfo) -> str:
+    """Say in words what holds when nothing is set."""
+    value = field.default
+    if value is None:
+        return cli_of(field).unset
+    if isinstance(value, bool):
+        return "on" if value else ""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value)

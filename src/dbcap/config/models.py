@@ -1,0 +1,179 @@
+"""The settings of every command. Option, environment variable, TOML key and documentation are derived from these fields."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Ge, MinLen
+from pydantic import model_validator
+
+from dbcap.config.fields import Section, argument, option
+
+COMMON = "Common options"
+DECODING = "Decoding"
+OUTPUT = "Output"
+READING = "Reading"
+COMPUTE = "Model and device"
+OF_MODEL = "the model's own"
+
+Count = Annotated[int, Ge(1)]
+Text = Annotated[str, MinLen(1)]
+
+
+class CommonConfig(Section):
+    """What every command understands. These keys stand at the top of a file, outside of any table."""
+
+    quiet: bool = option(False, "Say only what failed.", "-q", group=COMMON)
+    verbose: bool = option(False, "Explain what was chosen and why.", "-v", group=COMMON)
+    progress: bool = option(True, "Show progress where stderr is a terminal.", group=COMMON)
+    log_file: str | None = option(
+        None, "Append everything that is said to this file, with times.", group=COMMON, metavar="FILE"
+    )
+    offline: bool = option(False, "Never ask the hub: use what is cached.", group=COMMON)
+    allow_pickle: bool = option(
+        True, "Read models that exist as a pickled file only (by a loader that runs no code).", group=COMMON
+    )
+
+
+class ComputeConfig(Section):
+    """Where and how a model runs."""
+
+    device: str = option(
+        "auto", "Where the model runs: auto, cpu, cuda, cuda:N or mps.", group=COMPUTE, metavar="DEVICE"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Number format of the weights.", group=COMPUTE
+    )
+    batch_size: Literal["auto"] | Count = option("auto", "Images that go through the model at once.", group=COMPUTE)
+
+
+class CaptionConfig(ComputeConfig):
+    """`dbcap caption`."""
+
+    inputs: tuple[str, ...] = argument(
+        "INPUT...", "Images, folders, globs, http(s) URLs, @LIST for a file that lists them, - for a list on stdin."
+    )
+    recursive: bool = option(False, "Go into the folders of folders.", "-r", group=READING)
+    null: bool = option(False, "Lists are separated by NUL instead of newline.", "-0", group=READING)
+    alpha: str = option(
+        "white", "Colour behind transparent pixels: white, black or #rrggbb.", group=READING, metavar="COLOUR"
+    )
+    max_pixels: Count = option(178_956_970, "Refuse larger images.", group=READING)
+    url_timeout: float = option(30.0, "Seconds that fetching a URL may take.", group=READING, gt=0)
+    url_max_mb: Count = option(64, "Megabytes that a URL may hold.", group=READING)
+    workers: int = option(
+        2, "Threads that read and prepare images beside the model; 0 does it in turn.", group=READING, ge=0
+    )
+
+    model: Text = option(
+        "nlpconnect/vit-gpt2-image-captioning",
+        "Captioner: starter, org/name[@revision] on the hub, or a folder.",
+        "-m",
+        group=COMPUTE,
+        metavar="MODEL",
+    )
+    prompt: str | None = option(None, "Text that the caption begins with (BLIP and GIT).", group=COMPUTE)
+
+    num_beams: Count | None = option(
+        None, "Beams of the search; 1 is greedy.", group=DECODING, unset=f"{OF_MODEL}, else 1"
+    )
+    max_length: Count | None = option(
+        None, "Most tokens of a caption, the start token included.", group=DECODING, unset=f"{OF_MODEL}, else 16"
+    )
+    min_length: int | None = option(None, "Fewest tokens of a caption.", group=DECODING, ge=0, unset=OF_MODEL)
+    length_penalty: float | None = option(
+        None, "Beams: above 0 favours longer captions.", group=DECODING, unset=OF_MODEL
+    )
+    no_repeat_ngram_size: int | None = option(
+        None, "No run of this many tokens stands twice; 0 allows it.", group=DECODING, ge=0, unset=OF_MODEL
+    )
+    repetition_penalty: float | None = option(
+        None, "Above 1 makes tokens that stand already less likely.", group=DECODING, gt=0, unset=OF_MODEL
+    )
+    sample: bool = option(False, "Draw captions instead of searching for the best.", group=DECODING)
+    top_p: float | None = option(
+        None, "Sampling: smallest set of tokens with this probability.", group=DECODING, gt=0, le=1, unset=OF_MODEL
+    )
+    top_k: int | None = option(
+        None, "Sampling: this many most likely tokens; 0 means all.", group=DECODING, ge=0, unset=OF_MODEL
+    )
+    temperature: float | None = option(None, "Sampling: above 1 is more random.", group=DECODING, gt=0, unset=OF_MODEL)
+    num_captions: Count = option(1, "Candidates for each image, best first.", group=DECODING)
+    seed: int = option(
+        0, "Seed of sampling; each image draws by (seed, its content).", group=DECODING, ge=0, le=2**64 - 1
+    )
+
+    format: Text = option(
+        "text",
+        "text, tsv, csv, json, jsonl (to stdout or -o), sidecar, metadata, xmp (beside the images), or a plugin's.",
+        "-f",
+        group=OUTPUT,
+        metavar="FORMAT",
+    )
+    output: str | None = option(
+        None, "Write to this file; - is stdout.", "-o", group=OUTPUT, metavar="FILE", unset="stdout"
+    )
+    with_filename: bool | None = option(
+        None,
+        "Text: print the path before each caption, or never.",
+        "--with-filename/--no-filename",
+        "-H/-h",
+        group=OUTPUT,
+        unset="with it, unless the input is one file or URL",
+    )
+    extension: str = option(".txt", "Ending of sidecar files.", group=OUTPUT, metavar=".EXT")
+    prefix: str = option("", "Put this before each caption.", group=OUTPUT)
+    suffix: str = option("", "Put this after each caption.", group=OUTPUT)
+    template: str = option(
+        "{caption}",
+        "Frame of each caption; {caption} and {stem} (of the file name) stand for themselves.",
+        group=OUTPUT,
+    )
+    replace: tuple[str, ...] = option(
+        (), "Replace words of the caption; may be repeated.", group=OUTPUT, metavar="OLD=NEW"
+    )
+    resume: bool = option(False, "Go on with an interrupted -o FILE.", group=OUTPUT)
+    force: bool = option(False, "Replace an existing -o FILE.", group=OUTPUT)
+    lock: str | None = option(None, "Lock this file instead of the one beside -o FILE.", group=OUTPUT, metavar="FILE")
+    existing: Literal["skip", "overwrite", "append", "prepend", "error"] = option(
+        "skip", "What to do with captions that stand beside an image already.", group=OUTPUT
+    )
+    errors: str | None = option(None, "Write failed inputs to this file, as JSON lines.", group=OUTPUT, metavar="FILE")
+    on_error: Literal["skip", "stop"] = option(
+        "skip", "Go on after a failed input, or stop at the first.", group=OUTPUT
+    )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> CaptionConfig:
+        if not self.sample:
+            for name in ("top_p", "top_k", "temperature"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} needs --sample")
+        elif (self.num_beams or 1) > 1:
+            raise ValueError("--sample and --num-beams exclude each other")
+        elif self.length_penalty is not None:
+            raise ValueError("--length-penalty needs beams, and --sample has none")
+        if self.min_length and self.max_length and self.min_length > self.max_length:
+            raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
+        if "{caption}" not in self.template:
+            raise ValueError("--template has no {caption}")
+        if bad := [text for text in self.replace if "=" not in text or text.startswith("=")]:
+            raise ValueError(f"--replace {bad[0]!r} is not of the form OLD=NEW")
+        return self
+
+    @model_validator(mode="after")
+    def _places(self) -> CaptionConfig:
+        placed = self.format in ("sidecar", "xmp")
+        if self.output and placed:
+            raise ValueError(f"--format {self.format} writes beside the images: it takes no -o")
+        if self.resume and self.output in (None, "-"):
+            raise ValueError("--resume needs -o FILE")
+        if self.resume and self.force:
+            raise ValueError("--resume and --force exclude each other")
+        if not self.extension.startswith(".") or "/" in self.extension or len(self.extension) < 2:
+            raise ValueError(f"--extension {self.extension!r} must begin with a dot, as in .txt")
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {"caption": CaptionConfig}
+"""Table of a file -> its model. A command that is added adds its line here."""

@@ -1,0 +1,42 @@
+"""Profiles: named sets of settings, one TOML file each; some come with dbcap."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dbcap.config.layers import Layer, checked, from_file
+from dbcap.config.paths import profiles_dir
+from dbcap.errors import ConfigError, UsageError, did_you_mean
+
+BUILTIN: Mapping[str, Mapping[str, Any]] = {
+    "starter": {"caption.model": "starter"},  # the models of the package dbcap-starter: everything works offline
+}
+
+
+def profile_path(name: str) -> Path:
+    """Return where the user's profile of that name is kept. Raises UsageError for a name that is no file name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise UsageError(f"{name!r} is no profile name", "use letters, digits, dot, dash and underscore")
+    return profiles_dir() / f"{name}.toml"
+
+
+def names() -> list[str]:
+    """Return the names of all profiles: those that come with dbcap, then the user's."""
+    folder = profiles_dir()
+    own = sorted(p.stem for p in folder.glob("*.toml")) if folder.is_dir() else []
+    return [*BUILTIN, *(name for name in own if name not in BUILTIN)]
+
+
+def load(name: str, role: str) -> Layer:
+    """Read a profile. `role` (`named` or `active`) tells the two places of a profile apart."""
+    origin = f"profile {name} ({role})"
+    if name in BUILTIN:
+        return Layer(origin, {key: checked(key, value, origin) for key, value in BUILTIN[name].items()})
+    path = profile_path(name)
+    if not path.is_file():
+        near = did_you_mean(name, names())
+        raise ConfigError(f"there is no profile {name}", near or f"the profiles are {', '.join(names())}")
+    return from_file(path, origin)
