@@ -1,0 +1,172 @@
+"""From a configuration model to a command: its options are derived, its settings resolved, its errors explained."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, TypeVar
+
+import typer
+from pydantic.fields import FieldInfo
+
+from dbcap.cli.errors import explain
+from dbcap.cli.output import Terminal
+from dbcap.config import fields
+from dbcap.config.fields import Section
+from dbcap.config.models import COMMON, SECTIONS, CommonConfig
+from dbcap.config.resolve import Given, Settings, resolve
+from dbcap.plugins import loader
+
+C = TypeVar("C", bound=Section)
+Report = TypeVar("Report", bound="HasOutcome", covariant=True)
+
+
+class HasOutcome(Protocol):
+    """What every command's report can say at the end."""
+
+    @property
+    def exit_code(self) -> int: ...
+    @property
+    def summary(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of one command: all settings, and where to talk."""
+
+    settings: Settings
+    common: CommonConfig
+    events: Terminal
+    given: Given
+
+
+def command(model: type[C]) -> Callable[[Callable[[C, CommonConfig, Terminal], HasOutcome]], Callable[..., None]]:
+    """Make a command whose options are the fields of `model` and which prints the summary of the report it returns."""
+    section = next(name for name, known in SECTIONS.items() if known is model)
+
+    def decorate(function: Callable[[C, CommonConfig, Terminal], HasOutcome]) -> Callable[..., None]:
+        def start(session: Session, **own: Any) -> None:
+            report = function(session.settings.section(model, **own), session.common, session.events)
+            if report.summary:
+                session.events.say(report.summary)
+            if report.exit_code:
+                raise typer.Exit(report.exit_code)
+
+        return _build(function, start, options_of(model), section)
+
+    return decorate
+
+
+def plain(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command from a function `(session, own typer parameters...)`; the common options are added."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "session"]
+    return _build(function, function, own, "")
+
+
+def _build(
+    function: Callable[..., Any], start: Callable[..., None], own: list[inspect.Parameter], section: str
+) -> Callable[..., None]:
+    model = SECTIONS.get(section)
+    shared = [*options_of(CommonConfig), *_where_to_look()]
+
+    def callback(**typed: Any) -> None:
+        terminal = Terminal()
+        try:
+            given = _given(typed, section)
+            settings = resolve(given)
+            common = settings.section(CommonConfig)
+            terminal = Terminal.of(common)
+            _prepare_process(common)
+            try:
+                start(Session(settings, common, terminal, given), **_arguments(typed, own, model))
+            finally:
+                for problem in loader.problems():
+                    terminal.warn(problem)
+        except BaseException as error:  # noqa: BLE001 - `explain` raises what it has no line for
+            raise typer.Exit(explain(error, terminal)) from None
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+    callback.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    callback.__annotations__ = {p.name: p.annotation for p in parameters}
+    callback.__name__, callback.__doc__ = function.__name__, function.__doc__
+    return callback
+
+
+def _prepare_process(common: CommonConfig) -> None:
+    """Set what libraries read from the environment when they are imported, which is later."""
+    import os
+
+    if common.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _given(typed: Mapping[str, Any], section: str) -> Given:
+    model = SECTIONS.get(section)
+    options: dict[str, Any] = {}
+    for known, prefix in ((CommonConfig, ""), (model, f"{section}.")):
+        for name, field in known.model_fields.items() if known else ():
+            value = typed[name]
+            if value not in (None, []) and not fields.cli_of(field).argument:
+                options[prefix + name] = value
+    return Given(options, typed["assign"] or (), section, typed["config_file"], typed["profile_name"])
+
+
+def _arguments(typed: Mapping[str, Any], own: list[inspect.Parameter], model: type[Section] | None) -> dict[str, Any]:
+    """Return what the function takes itself: positional fields of a model, or all parameters of a plain command."""
+    if model is None:
+        return {p.name: typed[p.name] for p in own}
+    return {name: tuple(typed[name]) for name, f in model.model_fields.items() if fields.cli_of(f).argument}
+
+
+def options_of(model: type[Section]) -> list[inspect.Parameter]:
+    """Derive typer parameters from the fields of a model. All default to "not given"; values stay text until resolved."""
+    own = [item for item in model.model_fields.items() if item[0] in model.__annotations__]
+    inherited = [item for item in model.model_fields.items() if item[0] not in model.__annotations__]
+    return [_parameter(name, field) for name, field in (*own, *inherited)]
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    cli = fields.cli_of(field)
+    default, choices = fields.default_text(field), fields.choices(field)
+    text = (
+        str(field.description)
+        + (f" One of {', '.join(choices)}." if len(choices) > 1 else "")
+        + (f" (default {default})" if default else "")
+    )
+    if cli.argument:
+        info: Any = typer.Argument(metavar=cli.metavar, help=field.description, show_default=False)
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[list[str], info])
+    flag = fields.flag_of(name)
+    switch = fields.is_switch(field)
+    long = () if any(f.startswith("--") for f in cli.flags) else (f"{flag}/--no-{flag[2:]}" if switch else flag,)
+    info = typer.Option(
+        *long,
+        *cli.flags,
+        help=text.replace("[", r"\["),  # rich would take it for markup
+        metavar="" if switch else fields.metavar_of(field),
+        rich_help_panel=cli.group,
+        show_default=False,
+        autocompletion=_completer(choices),
+    )
+    kind: Any = bool | None if switch else (list[str] if fields.is_list(field) else str | None)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
+
+
+def _completer(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    return (lambda incomplete: [v for v in values if v.startswith(incomplete)]) if values else None
+
+
+def _where_to_look() -> list[inspect.Parameter]:
+    """Return the options that choose places of settings; they are no settings themselves."""
+
+    def make(name: str, kind: Any, flag: str, metavar: str, text: str) -> inspect.Parameter:
+        info = typer.Option(flag, metavar=metavar, help=text, rich_help_panel=COMMON, show_default=False)
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
+
+    return [
+        make("profile_name", str | None, "--profile", "NAME", "Use the settings of this profile."),
+        make("config_file", str | None, "--config", "FILE", "Use the settings of this TOML or YAML file."),
+        make("assign", list[str], "--set", "KEY=VALUE", "Set any key for this run; may be repeated."),
+    ]

@@ -1,0 +1,190 @@
+"""Where everything that dbcap says goes: data to stdout, talk to stderr, both to the log file when there is one."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbcap.errors import ConfigError
+from dbcap.events import Tracker
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from dbcap.config.models import CommonConfig
+
+
+def write_stdout(data: bytes) -> None:
+    """Write data to stdout at once. Raises BrokenPipeError when the reader has gone."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Write lines to stdout, in UTF-8 whatever the locale."""
+    write_stdout("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+
+
+def print_json(value: Any) -> None:
+    """Write one JSON document to stdout."""
+    print_lines([json.dumps(value, indent=2, ensure_ascii=False, default=str)])
+
+
+def close_stdout() -> None:
+    """Let go of a stdout whose reader has gone, so that the interpreter does not complain on its way out."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)
+
+
+class Terminal:
+    """The `Events` of the command line, on stderr."""
+
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, progress: bool = True, log_file: str | None = None
+    ) -> None:
+        self._quiet = quiet
+        self._verbose = verbose
+        self._progress = progress and not quiet and sys.stderr.isatty()
+        self._log = _open_log(log_file) if log_file else None
+        self._live: Console | None = None  # the console of a progress display, which lines must go around
+
+    @classmethod
+    def of(cls, config: CommonConfig) -> Terminal:
+        """Build from the settings."""
+        return cls(quiet=config.quiet, verbose=config.verbose, progress=config.progress, log_file=config.log_file)
+
+    def say(self, message: str) -> None:
+        self._line(message, "", shown=not self._quiet)
+
+    def warn(self, message: str) -> None:
+        self._line(f"warning: {message}", "yellow", shown=not self._quiet)
+
+    def fail(self, message: str) -> None:
+        self._line(f"failed: {message}", "red")
+
+    def error(self, message: str) -> None:
+        """Say why the command ends."""
+        self._line(f"error: {message}", "bold red")
+
+    def detail(self, message: str) -> None:
+        self._line(message, "dim", shown=self._verbose)
+
+    def _line(self, message: str, style: str, shown: bool = True) -> None:
+        text = printable(message)
+        if self._log:
+            self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+            self._log.flush()
+        if not shown:
+            return
+        console = self._live or (stderr_console() if sys.stderr.isatty() else None)
+        if console:
+            console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
+    @contextmanager
+    def track(self, title: str, total: int | None, unit: str = "images") -> Iterator[Tracker]:
+        if not self._progress:
+            yield _Counter()
+            return
+        console = stderr_console()
+        with _progress(console, unit) as progress:
+            self._live = console
+            try:
+                yield _Bar(progress, progress.add_task(title, total=total, failed=""))
+            finally:
+                self._live = None
+
+
+class _Counter:
+    """Progress that nobody looks at."""
+
+    def advance(self, count: int = 1) -> None:
+        pass
+
+    def fail(self, count: int = 1) -> None:
+        pass
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+        self._failed = 0
+
+    def advance(self, count: int = 1) -> None:
+        self._progress.advance(self._task, count)
+
+    def fail(self, count: int = 1) -> None:
+        self._failed += count
+        self._progress.update(self._task, advance=count, failed=f"{self._failed} failed")
+
+
+def stderr_console() -> Console:
+    """Return a rich console on stderr (it honours NO_COLOR)."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _progress(console: Console, unit: str) -> Progress:
+    from rich import progress as rp
+    from rich.text import Text
+
+    class Rate(rp.ProgressColumn):
+        def render(self, task: rp.Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{speed:.1f} {unit}/s" if speed else "", style="progress.data.speed")
+
+    sizes: list[Any] = (
+        [rp.DownloadColumn(), rp.TransferSpeedColumn()] if unit == "bytes" else [rp.MofNCompleteColumn(), Rate()]
+    )
+    return rp.Progress(
+        rp.TextColumn("{task.description}"),
+        rp.BarColumn(),
+        *sizes,
+        rp.TimeRemainingColumn(elapsed_when_finished=True),
+        rp.TextColumn("[red]{task.fields[failed]}"),
+        console=console,
+        transient=True,
+    )
+
+
+def printable(message: str) -> str:
+    """Make one line of a message: names may hold newlines, terminal codes and bytes that are no UTF-8."""
+    text = message.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _open_log(name: str) -> Any:
+    try:
+        return Path(name).open("a", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write --log-file {name}: {error.strerror}") from error
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: boxed for a person, tab-separated for a pipe."""
+    if not sys.stdout.isatty():
+        print_lines(["\t".join(printable(cell) for cell in row) for row in rows])
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", show_edge=False)
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    Console().print(table)
