@@ -1,0 +1,1 @@
+"""Models: what `--model` may say, where the files are, and weights in a form that is safe to read."""
