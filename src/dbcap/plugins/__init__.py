@@ -1,0 +1,1 @@
+"""Plugins: `api` is all that a plugin author imports, `loader` finds them and keeps their faults from the rest."""
