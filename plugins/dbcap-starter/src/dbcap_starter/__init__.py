@@ -1,0 +1,32 @@
+"""The starter model of dbcap, and pictures for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dbcap.plugins.api import Model, Plugin
+
+_HERE = Path(__file__).parent
+
+
+class Starter(Plugin):
+    """Gives the model name `starter`."""
+
+    api_version = 1
+
+    def models(self) -> list[Model]:
+        """Return the captioner."""
+        return [
+            Model(
+                "starter",
+                kind="captioner",
+                folder=_HERE / "captioner",
+                description="Captions 64x64 pictures of one thing on a plain colour; for trying things out",
+                licence="MIT AND Apache-2.0",
+            )
+        ]
+
+
+def samples() -> Path:
+    """Return the folder of 24 pictures (64x64 PNG) that has their captions in `metadata.jsonl`."""
+    return _HERE / "samples"
