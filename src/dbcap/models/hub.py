@@ -1,0 +1,348 @@
+"""From what the user wrote after `--model` to a folder that `from_pretrained` can read, and what is known about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from dbcap.errors import ModelError, did_you_mean
+from dbcap.events import Events
+from dbcap.models import remote
+from dbcap.models.hashing import content_hash, fingerprint
+from dbcap.models.layout import CONFIG, Choice, Kind, choose, choose_in, file_names, kind_of, read_config, refuse_pickle
+from dbcap.models.remote import HubOutOfReachError, ModelFile, RemoteModel
+from dbcap.models.specs import ModelSpec, named_or_folder, parse
+from dbcap.plugins import loader
+from dbcap.plugins.api import Model
+
+__all__ = ["CachedModel", "LocalModel", "ModelFile", "ModelReport", "cached_models", "inspect", "locate"]
+
+_CHECK_SECONDS = 5.0
+"""How long the hub may take to say whether a cached model has changed."""
+_ASK_SECONDS = 15.0
+
+_LAYOUTS: dict[str, Callable[[Path, str], Choice]] = {"captioner": choose_in}
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model whose files are here."""
+
+    spec: ModelSpec
+    folder: Path
+    """What `from_pretrained` reads: safetensors, always."""
+    revision: str
+    """The commit on the hub; of a folder or a plugin's model the SHA-256 over the files that are read."""
+    files: tuple[ModelFile, ...]
+    """The files that are read, as their publisher wrote them (before any conversion)."""
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What `dbcap models show` tells. `files` are those that are read; of what is not known, the text is empty."""
+
+    spec: ModelSpec
+    kind: Kind
+    model_type: str
+    revision: str
+    files: tuple[ModelFile, ...]
+    licence: str
+    description: str
+    pickled: bool
+    cached: bool
+    """The files are here: nothing has to be fetched."""
+    folder: Path | None
+    """Where they are."""
+    problem: str
+    """Why it cannot be loaded as a captioner; empty if it can."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """One revision of a model in the hub's cache."""
+
+    repo: str
+    revision: str
+    refs: tuple[str, ...]
+    """Branches and tags that stand for it."""
+    size: int
+    """Bytes on disk; files shared with another revision count for both."""
+    kind: Kind
+    complete: bool
+    """A captioner with all that is read, so that `--offline` works."""
+    folder: Path
+
+
+def locate(
+    text: str, *, kind: str = "captioner", offline: bool, allow_pickle: bool = True, events: Events, home: Path
+) -> LocalModel:
+    """Return the model that `text` names, fetched and converted if need be. `home` is dbcap's cache folder.
+
+    A commit that is cached, and anything with `offline`, asks nobody. A cached branch or tag is checked against the hub
+    for a few seconds; if that does not answer, the cached one is used. Raises `UsageError` or `ModelError`.
+    """
+    spec = _parse(text)
+    if spec.kind == "hub":
+        folder, commit = _from_hub(spec, offline or remote.forbidden(), allow_pickle, events)
+        choice = _LAYOUTS[kind](folder, spec.text)
+        revision, files = commit, tuple(remote.cached_file(folder / name) for name in choice.names)
+    else:
+        folder = _own_folder(spec, kind)
+        choice = _LAYOUTS[kind](folder, spec.text)
+        refuse_pickle(choice, spec.text, allow_pickle)
+        memory = home / "hashes.json"
+        revision, files = fingerprint(folder, choice.names, memory), _hashed(folder, choice.names, memory)
+    if choice.pickled:
+        from dbcap.models import weights  # it imports torch, which no other way through this file needs
+
+        folder = weights.convert(folder, cache=home, allow_pickle=allow_pickle, events=events)
+    return LocalModel(spec, folder, revision, files)
+
+
+# ---- plugins and folders
+
+
+def _parse(text: str) -> ModelSpec:
+    spec = parse(text)
+    return named_or_folder(spec, [model.name for model in loader.models()]) if spec.kind == "named" else spec
+
+
+def _named(spec: ModelSpec, kind: str) -> Model:
+    models = loader.models()
+    for model in models:
+        if (model.name, model.kind) == (spec.name, kind):
+            return model
+    if any(model.name == spec.name for model in models):
+        raise ModelError(f"the model {spec.name} is no {kind}", "see `dbcap models list`")
+    near = did_you_mean(spec.name, [model.name for model in models])
+    raise ModelError(
+        f"no installed plugin provides a model named {spec.name}",
+        f"{near or 'see `dbcap models list`'}; models of the hub are written ORG/NAME, folders ./{spec.name}",
+    )
+
+
+def _own_folder(spec: ModelSpec, kind: str) -> Path:
+    """Return the folder of a plugin's model, or the one that the user named."""
+    if spec.path is not None:
+        return spec.path.absolute()
+    folder = _named(spec, kind).folder
+    if not folder.is_dir():
+        raise ModelError(f"the folder of the model {spec.name} is missing: {folder}", "install its plugin again")
+    return folder.absolute()
+
+
+def _hashed(folder: Path, names: Collection[str], memory: Path) -> tuple[ModelFile, ...]:
+    return tuple(ModelFile(name, (folder / name).stat().st_size, content_hash(folder / name, memory)) for name in names)
+
+
+# ---- the hub
+
+
+def _from_hub(spec: ModelSpec, offline: bool, allow_pickle: bool, events: Events) -> tuple[Path, str]:
+    """Return the folder of the snapshot and its commit."""
+    cached = _cached(spec)
+    if cached and (offline or remote.COMMIT.fullmatch(spec.revision)):
+        return cached
+    if offline:
+        raise _absent(spec, f"{spec.text} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to fetch it")
+    try:
+        found = remote.ask(spec.repo, spec.revision, timeout=_CHECK_SECONDS if cached else _ASK_SECONDS, events=events)
+    except HubOutOfReachError as error:
+        if cached:
+            events.detail(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
+            return cached
+        raise _absent(spec, f"{error.message}, and {spec.text} is not in the cache") from error
+    except ModelError as error:
+        if cached:
+            events.warn(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
+            return cached
+        raise
+    choice = choose(found.files, spec.text)
+    refuse_pickle(choice, spec.text, allow_pickle)
+    files = [found.files[name] for name in choice.names]
+    return remote.fetch(spec.repo, spec.revision, found.commit, files, events, spec.text), found.commit
+
+
+def _cached(spec: ModelSpec) -> tuple[Path, str] | None:
+    """Return the cached snapshot of a hub model and its commit, or None if it is not there or not whole."""
+    commit = remote.cached_commit(spec.repo, spec.revision)
+    folder = remote.snapshot_folder(spec.repo, commit) if commit else None
+    if commit is None or folder is None or not folder.is_dir() or not _whole(folder):
+        return None
+    return folder, commit
+
+
+def _whole(folder: Path) -> bool:
+    """Return whether a snapshot has all that a captioner needs; other programs may have fetched a part only."""
+    try:
+        names = choose_in(folder, str(folder)).names
+    except ModelError:
+        return False
+    return any("processor_config" in name for name in names) and any(
+        name in names for name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    )
+
+
+def _absent(spec: ModelSpec, message: str) -> ModelError:
+    return ModelError(
+        message, f"when online, `dbcap models pull {spec.text}` fetches it; `--profile starter` works without a hub"
+    )
+
+
+# ---- reports
+
+
+def inspect(text: str, *, offline: bool, events: Events, home: Path) -> ModelReport:
+    """Return what is known about a model without fetching its weights. Raises `UsageError` or `ModelError`.
+
+    Of a plugin's name that has several models the captioner is shown.
+    """
+    spec = _parse(text)
+    if spec.kind == "folder" and spec.path is not None:
+        return _inspect_folder(spec, spec.path.absolute(), home / "hashes.json")
+    if spec.kind == "named":
+        model = min((one for one in loader.models() if one.name == spec.name), key=lambda one: one.kind, default=None)
+        model = model or _named(spec, "captioner")
+        report = _inspect_folder(spec, _own_folder(spec, model.kind), home / "hashes.json")
+        return replace(report, licence=model.licence or report.licence, description=model.description)
+    return _inspect_hub(spec, offline or remote.forbidden(), events)
+
+
+def _inspect_folder(spec: ModelSpec, folder: Path, memory: Path) -> ModelReport:
+    choice, problem = None, ""
+    try:
+        choice = choose_in(folder, spec.text)
+        names, revision = choice.names, fingerprint(folder, choice.names, memory)
+    except ModelError as error:
+        problem, revision = error.message, ""
+        names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    config = read_config(folder)
+    return ModelReport(
+        spec=spec,
+        kind=kind_of(config, file_names(folder)),
+        model_type=_model_type(config),
+        revision=revision,
+        files=_hashed(folder, names, memory),
+        licence=_licence(folder),
+        description="",
+        pickled=choice is not None and choice.pickled,
+        cached=True,
+        folder=folder,
+        problem=problem,
+    )
+
+
+def _inspect_hub(spec: ModelSpec, offline: bool, events: Events) -> ModelReport:
+    cached = _cached(spec)
+    message = f"{spec.text} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to ask the hub"
+    if not offline:
+        try:
+            found = remote.ask(spec.repo, spec.revision, timeout=_ASK_SECONDS, events=events)
+        except HubOutOfReachError as error:
+            message = f"{error.message}, and {spec.text} is not in the cache"
+            events.detail(f"{error.message}: showing what is in the cache")
+        else:
+            return _inspect_remote(spec, found, events)
+    if not cached:
+        raise _absent(spec, message)
+    folder, commit = cached
+    choice = choose_in(folder, spec.text)
+    config = read_config(folder)
+    return ModelReport(
+        spec=spec,
+        kind=kind_of(config, file_names(folder)),
+        model_type=_model_type(config),
+        revision=commit,
+        files=tuple(remote.cached_file(folder / name) for name in choice.names),
+        licence=_licence(folder),
+        description="",
+        pickled=choice.pickled,
+        cached=True,
+        folder=folder,
+        problem="",
+    )
+
+
+def _inspect_remote(spec: ModelSpec, found: RemoteModel, events: Events) -> ModelReport:
+    folder = remote.snapshot_folder(spec.repo, found.commit)
+    choice, problem = None, ""
+    try:
+        choice = choose(found.files, spec.text)
+    except ModelError as error:
+        problem = error.message
+    names = choice.names if choice else tuple(sorted(found.files))
+    files = remote.sized(spec.repo, found.commit, [found.files[name] for name in names], events)
+    config: Mapping[str, Any] | None = found.config
+    if CONFIG in found.files and not _model_type(config):  # a mirror that tells less than the hub
+        config = read_config(remote.small_file(spec.repo, found.commit, CONFIG, events).parent)
+    cached = choice is not None and all((folder / name).is_file() for name in names)
+    return ModelReport(
+        spec=spec,
+        kind=kind_of(config, found.files),
+        model_type=_model_type(config),
+        revision=found.commit,
+        files=files,
+        licence=found.licence,
+        description="",
+        pickled=choice is not None and choice.pickled,
+        cached=cached,
+        folder=folder if cached else None,
+        problem=problem,
+    )
+
+
+def _model_type(config: Mapping[str, Any] | None) -> str:
+    return str((config or {}).get("model_type") or "")
+
+
+def _licence(folder: Path) -> str:
+    """Return the licence that the front matter of a model card states, or an empty string."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    try:
+        licence = (metadata_load(card) or {}).get("license") or ""
+    except (ValueError, yaml.YAMLError):
+        return ""
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)
+
+
+def cached_models() -> list[CachedModel]:
+    """Return the models in the hub's cache, by name and commit; whichever program fetched them."""
+    try:
+        cache = scan_cache_dir(remote.cache_folder())
+    except CacheNotFound:
+        return []
+    found = [
+        CachedModel(
+            repo=repo.repo_id,
+            revision=revision.commit_hash,
+            refs=tuple(sorted(revision.refs)),
+            size=revision.size_on_disk,
+            kind=_cached_kind(revision.snapshot_path),
+            complete=_whole(revision.snapshot_path),
+            folder=revision.snapshot_path,
+        )
+        for repo in cache.repos
+        if repo.repo_type == "model"
+        for revision in repo.revisions
+    ]
+    return sorted(found, key=lambda model: (model.repo, model.revision))
+
+
+def _cached_kind(folder: Path) -> Kind:
+    try:
+        return kind_of(read_config(folder), file_names(folder))
+    except ModelError:  # a damaged config.json
+        return "unknown"

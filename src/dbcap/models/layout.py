@@ -1,0 +1,143 @@
+"""Which files of a model are read: the small ones that a loader asks for, and one set of weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dbcap.errors import ModelError
+
+Kind = Literal["captioner", "diffusion", "unknown"]
+
+CONFIG = "config.json"
+PIPELINE = "model_index.json"
+CAPTIONER_TYPES = ("vision-encoder-decoder", "blip", "git")
+
+_SMALL = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_TOKENIZER = "tokenizer.json"
+_VOCABULARIES = (
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+_WEIGHTS: tuple[tuple[str, str, bool], ...] = (
+    # file or index, pattern of the shards, is it pickled; the first that is there is taken, as transformers does
+    ("model.safetensors", "", False),
+    ("model.safetensors.index.json", r"model-\d+-of-\d+\.safetensors", False),
+    ("pytorch_model.bin", "", True),
+    ("pytorch_model.bin.index.json", r"pytorch_model-\d+-of-\d+\.bin", True),
+)
+_FOREIGN = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ckpt", ".pt", ".pth", ".ot", ".gguf")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The files of a model that are read."""
+
+    small: tuple[str, ...]
+    """Configuration and tokenizer, `config.json` first."""
+    weights: tuple[str, ...]
+    """One file, or an index and its shards."""
+    pickled: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them; the weights come last, so that where they are, everything is."""
+        return self.small + self.weights
+
+    @property
+    def index(self) -> str:
+        """The index of sharded weights, or an empty string."""
+        return self.weights[0] if self.weights[0].endswith(".index.json") else ""
+
+
+def choose(names: Collection[str], where: str) -> Choice:
+    """Return which of a captioner's files are read. Raises `ModelError`, naming `where`, without config or weights."""
+    if CONFIG not in names:
+        if PIPELINE in names:
+            raise ModelError(f"{where} is a diffusion pipeline, no captioner", "choose another --model")
+        raise ModelError(f"{where} has no {CONFIG}", "it does not hold a model that transformers can load")
+    vocabulary = (_TOKENIZER,) if _TOKENIZER in names else _VOCABULARIES
+    small = tuple(name for name in (CONFIG, *_SMALL, *vocabulary) if name in names)
+    for name, shards, pickled in _WEIGHTS:
+        if name in names:
+            parts = sorted(part for part in names if shards and re.fullmatch(shards, part))
+            return Choice(small, (name, *parts), pickled)
+    others = sorted(name for name in names if name.endswith(_FOREIGN))
+    raise ModelError(
+        f"{where} has no weights that dbcap reads (model.safetensors or pytorch_model.bin)",
+        f"there is only {', '.join(others[:3])}" if others else "choose another --model or --revision",
+    )
+
+
+def refuse_pickle(choice: Choice, where: str, allow_pickle: bool) -> None:
+    """Raise `ModelError` if the chosen weights are pickled and that is not allowed."""
+    if choice.pickled and not allow_pickle:
+        raise ModelError(
+            f"{where} has its weights in a pickled file only ({choice.weights[0]}), which allow_pickle = false refuses",
+            "allow them, or choose a model with safetensors",
+        )
+
+
+def choose_in(folder: Path, where: str) -> Choice:
+    """Return which files of `folder` are read; for sharded weights exactly those that their index names."""
+    choice = choose(file_names(folder), where)
+    if not choice.index:
+        return choice
+    parts = shards(folder / choice.index)
+    for part in parts:
+        if not (folder / part).is_file():
+            raise ModelError(f"{where} has no {part}, which {choice.index} names", "fetch or copy the model again")
+    return Choice(choice.small, (choice.index, *parts), choice.pickled)
+
+
+def shards(index: Path) -> tuple[str, ...]:
+    """Return the shards that an index names, sorted. Raises `ModelError` if it is no index."""
+    try:
+        parts = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is damaged: it holds no weight_map", "fetch or copy the model again") from error
+    for part in parts:
+        if not isinstance(part, str) or Path(part).name != part:  # it must not lead out of the folder
+            raise ModelError(f"{index} names a file that cannot be a shard: {part!r}", "fetch or copy the model again")
+    return tuple(parts)
+
+
+def file_names(folder: Path) -> set[str]:
+    """Return the names of the files directly in `folder`; links that lead nowhere are left out."""
+    return {path.name for path in folder.iterdir() if path.is_file()}
+
+
+def kind_of(config: Mapping[str, Any] | None, names: Collection[str]) -> Kind:
+    """Return what a repository holds, by its `config.json` (None where there is none) and its file names."""
+    if PIPELINE in names:
+        return "diffusion"
+    return "captioner" if config and config.get("model_type") in CAPTIONER_TYPES else "unknown"
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return `config.json` of a folder, or None where there is none. Raises `ModelError` if it is no JSON object."""
+    path = folder / CONFIG
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is damaged: it is no JSON object", "fetch or copy the model again")
+    return config

@@ -1,0 +1,188 @@
+"""Pickled weights, read by torch's loader that runs no code, and written once as safetensors into the cache.
+
+`CACHE/converted/KEY/` holds `model.safetensors` and copies of the small files, ready for `from_pretrained`. KEY is the
+SHA-256 over the names and content hashes of all that was read: an edited tokenizer or configuration makes a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from dbcap.errors import ModelError
+from dbcap.events import Events
+from dbcap.files import in_units, sync_folder
+from dbcap.models.hashing import fingerprint
+from dbcap.models.layout import Choice, choose_in, read_config, refuse_pickle
+from dbcap.models.waiting import waiting_lock
+
+State = dict[str, torch.Tensor]
+
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    zipfile.BadZipFile,
+)
+"""What the loader raises on bytes that make no sense."""
+
+
+def convert(folder: Path, *, cache: Path, allow_pickle: bool, events: Events) -> Path:
+    """Return a folder with the model of `folder` in safetensors: itself if it has them, else the converted copy.
+
+    The conversion is made once and said; the copy keeps every tensor's type. Peak memory is one copy of the weights
+    (mapped from the file where its format allows it). Safe with several processes. Raises `ModelError` for a file that
+    holds more than tensors (such a file can run code, and is not read), a damaged one, and any if not `allow_pickle`.
+    """
+    choice = choose_in(folder, str(folder))
+    if not choice.pickled:
+        return folder
+    refuse_pickle(choice, str(folder), allow_pickle)
+    converted = cache / "converted"
+    with _writing(converted):
+        converted.mkdir(parents=True, exist_ok=True)
+        target = converted / fingerprint(folder, choice.names, cache / "hashes.json")
+        if target.is_dir():
+            return target
+        message = "another dbcap is converting weights: waiting for it"
+        with waiting_lock(converted / ".lock", events, message):
+            for leftover in converted.glob("*.tmp"):  # of conversions that were killed: ours is the only one alive
+                shutil.rmtree(leftover)
+            if not target.is_dir():
+                _convert(folder, choice, target, events)
+    return target
+
+
+def _convert(folder: Path, choice: Choice, target: Path, events: Events) -> None:
+    files = [folder / name for name in choice.weights if name != choice.index]
+    size = in_units(sum(file.stat().st_size for file in files))
+    events.say(f"converting the pickled {choice.weights[0]} ({size}) to safetensors, once, without running code in it")
+    state: State = {}
+    for file in files:
+        state.update(_read(file))
+    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name[:16]}.", suffix=".tmp", dir=target.parent))
+    try:
+        ready, aliases = _storable(state, read_config(folder) or {})
+        save_file(ready, temporary / "model.safetensors", metadata={"format": "pt", **aliases})
+        for name in choice.small:
+            shutil.copyfile(folder / name, temporary / name)
+        for path in temporary.iterdir():
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+        temporary.chmod(0o777 & ~_umask())
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _read(file: Path) -> State:
+    """Return the tensors in a pickled file, by name. Raises `ModelError` for anything else."""
+    mapped = zipfile.is_zipfile(file)  # torch's format of 2020 and later; the older one is read as a whole
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the age of a file's format: it is read all the same
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if not _is_pickle(file):
+            raise ModelError(f"{file} is damaged, or no file of weights", "fetch or copy the model again") from error
+        raise _holds_code(file, str(error)) from error
+    except _DAMAGED as error:
+        if "TorchScript" in str(error):
+            raise _holds_code(file, "TorchScript") from error
+        raise ModelError(f"{file} is damaged, or no file of weights", "fetch or copy the model again") from error
+    if not isinstance(loaded, Mapping):
+        raise ModelError(f"{file} holds no weights but a {type(loaded).__name__}", "choose another model")
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ModelError(f"{file} holds something that is no tensor: {name!r}", "choose another model")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise ModelError(f"{file} holds a sparse or quantised tensor: {name}", "choose another model")
+    return {name: tensor.detach() for name, tensor in loaded.items()}
+
+
+def _is_pickle(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return zipfile.is_zipfile(file) or opened.read(1) == b"\x80"
+
+
+def _holds_code(file: Path, refusal: str) -> ModelError:
+    found = re.search(r"GLOBAL ([\w.]+)|(TorchScript)|type\(\)|unrecognized function ([^\n]+)", refusal)
+    what = next((group for group in found.groups() if group), "") if found else ""
+    return ModelError(
+        f"{file} holds code{f' ({what})' if what else ''} beside weights, and is not read",
+        "choose a model with safetensors, or one that holds nothing but weights",
+    )
+
+
+def _storable(state: State, config: Mapping[str, Any]) -> tuple[State, dict[str, str]]:
+    """Return the tensors as safetensors can hold them, and which names were left out for which others.
+
+    Tied weights, two names of one tensor, are stored once, under the first name, unless `config` says they are not
+    tied. Other views of one memory block become tensors of their own.
+    """
+    blocks: dict[int, list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        if tensor.numel():
+            blocks[tensor.untyped_storage().data_ptr()].append(name)
+    ready = {name: tensor.contiguous() for name, tensor in state.items()}
+    aliases: dict[str, str] = {}
+    for names in blocks.values():
+        kept: dict[tuple[Any, ...], str] = {}
+        for name in names:
+            tensor = state[name]
+            view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            first = kept.setdefault(view, name)
+            if first != name and _tied(name, config):
+                aliases[name] = first
+                del ready[name]
+            elif len(names) > 1 and name != names[0]:
+                ready[name] = tensor.clone(memory_format=torch.contiguous_format)
+    return ready, aliases
+
+
+def _tied(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether the part of the model with this weight ties its embeddings, which is what transformers assumes.
+
+    The top of an encoder-decoder's configuration speaks of tying its two halves, so the part's own word counts.
+    """
+    part = config.get(name.split(".", 1)[0])
+    if isinstance(part, dict):
+        return part.get("tie_word_embeddings") is not False
+    return config.get("tie_word_embeddings") is not False
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn a failure to write the cache into a `ModelError`."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"cannot convert weights into {folder}: {error.strerror or error}",
+            "make room there, or choose another place with DBCAP_HOME",
+        ) from error

@@ -1,0 +1,20 @@
+"""Fixtures of all tests: those that dbcap gives to plugin authors, and where this checkout's shared folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dbcap.testing import *  # noqa: F403 - pytest finds fixtures by name
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of photos and models beside the checkout; tests that need it are skipped elsewhere."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("there is no folder `shared` beside this checkout")
+    return folder
