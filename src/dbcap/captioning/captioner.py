@@ -1,0 +1,310 @@
+"""Captioners on transformers: one object per model, which states what it can do and captions batches of pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from PIL import Image
+from safetensors import safe_open
+
+from dbcap.captioning.decoding import Decoding
+from dbcap.errors import ModelError, UsageError
+from dbcap.events import Events
+from dbcap.models.device import Choice
+from dbcap.plugins.api import Candidate, Capabilities, Captioner
+
+if TYPE_CHECKING:
+    from dbcap.models.hub import LocalModel
+
+MIN_ROWS = 4  # float32 products with fewer rows differ in the last bits from those with four and more
+
+
+class TransformersCaptioner:
+    """An encoder-decoder captioner (`VisionEncoderDecoderModel`), and the base of the other transformers classes."""
+
+    auto_class: Any = transformers.VisionEncoderDecoderModel
+    prompts = False
+
+    def __init__(self, local: LocalModel, device: str, dtype: str) -> None:
+        folder = str(local.folder)
+        self.name = local.spec.text
+        self.device = torch.device(device)
+        self.dtype = getattr(torch, dtype)
+        self.model, self.unused = _load_weights(self.auto_class, local, self.dtype)
+        self.model.to(self.device).eval()
+        with _clear_errors(self.name):
+            # Another installed backend (torchvision) would resize to slightly different pixels.
+            self._processor = transformers.AutoImageProcessor.from_pretrained(
+                folder, backend="pil", local_files_only=True
+            )
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._defaults = _decoding_defaults(local.folder)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this model can do."""
+        return Capabilities(
+            beams=True, sampling=True, prompts=self.prompts, candidates=True, max_positions=self._max_positions()
+        )
+
+    def defaults(self) -> Mapping[str, Any]:
+        """Return what the model's generation_config.json names, by dbcap's names."""
+        return self._defaults
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Raise UsageError where a prompt leaves no room for a caption."""
+        prompt = self._prompt_ids(options.get("prompt"))
+        if prompt is not None and len(prompt) >= options["max_length"]:
+            raise UsageError(
+                f"--prompt has {len(prompt)} tokens, and --max-length {options['max_length']} counts them",
+                "raise --max-length",
+            )
+
+    def prepare(self, image: Image.Image) -> npt.NDArray[np.float32]:
+        """Resize, crop and normalise as the model's processor config says: RGB image -> float32 (3, H, W)."""
+        pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
+        return np.ascontiguousarray(pixels, dtype=np.float32)
+
+    @torch.inference_mode()
+    def generate(
+        self, pixels: npt.NDArray[np.float32], options: Mapping[str, Any], seeds: Sequence[int]
+    ) -> list[list[Candidate]]:
+        """Caption pixels (B, 3, H, W); returns B lists of `num_captions` candidates, best first."""
+        decoding = Decoding(**options)
+        with _quiet_libraries():
+            if not decoding.sample:
+                return self._rows(self._enough_rows(pixels, decoding), decoding)[: len(pixels)]
+            found = []
+            for row, seed in zip(pixels, seeds, strict=True):
+                # transformers draws from the global generator and for the whole batch: one image at a time keeps seeds apart.
+                with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                    torch.manual_seed(seed)
+                    found += self._rows(row[None], decoding)
+            return found
+
+    def _enough_rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> npt.NDArray[np.float32]:
+        """Repeat the last image until the decoder has `MIN_ROWS` rows (images x beams)."""
+        missing = -(-MIN_ROWS // decoding.num_beams) - len(pixels)
+        if self.dtype != torch.float32 or missing <= 0:
+            return pixels
+        return np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+
+    def _rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> list[list[Candidate]]:
+        tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
+        output = self.model.generate(
+            **self._inputs(tensor, decoding.prompt),
+            generation_config=self._generation_config(decoding),
+            return_dict_in_generate=True,
+            output_scores=decoding.num_beams > 1,
+            output_logits=decoding.num_beams == 1,
+        )
+        scores = output.sequences_scores if decoding.num_beams > 1 else self._log_probabilities(output)
+        count = decoding.num_captions
+        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in output.sequences]
+        rows = list(map(Candidate, texts, scores.float().tolist()))
+        groups = [rows[start : start + count] for start in range(0, len(rows), count)]
+        return [sorted(group, key=lambda c: -c.score) for group in groups]  # `sorted` is stable: ties keep their order
+
+    def _log_probabilities(self, output: Any) -> torch.Tensor:
+        """Mean log-probability of the tokens made, the end token included: what beams with length penalty 1 are ranked by.
+
+        `output.logits` is T tensors (R, V), `output.sequences` (R, start + T); returns (R,).
+        """
+        made = output.sequences[:, -len(output.logits) :]
+        chosen = torch.stack(
+            [
+                torch.log_softmax(step.float(), -1).gather(-1, ids[:, None])[:, 0]
+                for step, ids in zip(output.logits, made.T, strict=True)
+            ],
+            dim=1,
+        )
+        ends = torch.as_tensor(self._end_tokens(), device=made.device)
+        after_end = torch.isin(made, ends).int().cumsum(1).roll(1, 1)
+        after_end[:, 0] = 0
+        keep = (after_end == 0).float()
+        return (chosen * keep).sum(1) / keep.sum(1)
+
+    def _generation_config(self, decoding: Decoding) -> transformers.GenerationConfig:
+        config = transformers.GenerationConfig.from_dict(self._base_generation_config().to_dict())
+        config.max_new_tokens = None
+        neutral = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_length": 0}
+        for name in ("num_beams", "max_length", *neutral):
+            value = getattr(decoding, name)
+            setattr(config, name, neutral.get(name) if value is None else value)
+        config.do_sample = decoding.sample
+        config.top_k, config.top_p, config.temperature = None, None, None
+        if decoding.sample:
+            config.top_k = 50 if decoding.top_k is None else decoding.top_k
+            config.top_p = 1.0 if decoding.top_p is None else decoding.top_p
+            config.temperature = 1.0 if decoding.temperature is None else decoding.temperature
+        config.num_return_sequences = decoding.num_captions
+        return config
+
+    # What the families below do in their own way.
+
+    def _base_generation_config(self) -> transformers.GenerationConfig:
+        return self.model.generation_config
+
+    def _max_positions(self) -> int | None:
+        return getattr(self.model.config.decoder, "max_position_embeddings", None)
+
+    def _end_tokens(self) -> list[int]:
+        ends = self._base_generation_config().eos_token_id
+        return list(ends) if isinstance(ends, list) else ([] if ends is None else [ends])
+
+    def _prompt_ids(self, prompt: str | None) -> list[int] | None:
+        """Return the tokens that the decoder starts with, for a family that takes prompts."""
+        return None
+
+    def _inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
+        """Return the arguments of `model.generate`, for pixels (B, 3, H, W)."""
+        inputs = {"pixel_values": pixels}
+        ids = self._prompt_ids(prompt)
+        if ids is not None:
+            inputs["input_ids"] = torch.tensor([ids] * len(pixels), device=pixels.device)
+        return inputs
+
+
+class Blip(TransformersCaptioner):
+    """BLIP: a ViT and a BERT decoder with cross-attention (arXiv:2201.12086)."""
+
+    auto_class = transformers.BlipForConditionalGeneration
+    prompts = True
+
+    def _base_generation_config(self) -> transformers.GenerationConfig:
+        config = self.model.text_decoder.generation_config
+        config.eos_token_id = self.model.config.text_config.sep_token_id
+        config.pad_token_id = self.model.config.text_config.pad_token_id
+        return config
+
+    def _max_positions(self) -> int | None:
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    def _prompt_ids(self, prompt: str | None) -> list[int] | None:
+        # BLIP's `generate` overwrites the first token by its start token and drops the last.
+        return None if prompt is None else list(self.tokenizer(prompt).input_ids)
+
+
+class Git(TransformersCaptioner):
+    """GIT: one decoder over image and text tokens (arXiv:2205.14100)."""
+
+    auto_class = transformers.GitForCausalLM
+    prompts = True
+
+    def _max_positions(self) -> int | None:
+        return int(self.model.config.max_position_embeddings)
+
+    def _prompt_ids(self, prompt: str | None) -> list[int] | None:
+        start = self.tokenizer.cls_token_id
+        return [start, *self.tokenizer(prompt or "", add_special_tokens=False).input_ids]
+
+
+FAMILIES: dict[str, type[TransformersCaptioner]] = {
+    "vision-encoder-decoder": TransformersCaptioner,
+    "blip": Blip,
+    "git": Git,
+}
+"""`model_type` of a config.json -> captioner."""
+
+
+def load(local: LocalModel, choice: Choice, events: Events) -> Captioner:
+    """Load a captioner. Raises ModelError for a model that is none, or that lacks weights."""
+    from dbcap.plugins import loader
+
+    kind = model_type(local.folder, local.spec.text)
+    if kind in FAMILIES:
+        captioner = FAMILIES[kind](local, choice.device, choice.dtype)
+        if captioner.unused:
+            events.detail(
+                f"{captioner.name}: {len(captioner.unused)} weights of the file are not used, {captioner.unused[0]} the first"
+            )
+        return captioner
+    if factory := loader.captioners(FAMILIES).get(kind):
+        return factory(local.folder, choice.device, choice.dtype)
+    raise ModelError(
+        f"{local.spec.text} is a model of type {kind}, which captions no images here",
+        f"dbcap knows {', '.join(FAMILIES)}",
+    )
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the number of weights of a safetensors model, from the headers of its files alone."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
+    return total
+
+
+def model_type(folder: Path, name: str) -> str:
+    """Return the `model_type` of a model folder."""
+    try:
+        kind = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{name} has no readable config.json: {error}") from error
+    return str(kind)
+
+
+def _load_weights(auto_class: Any, local: LocalModel, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Load the model; returns it and the weights of the file that it has no place for."""
+    with _clear_errors(local.spec.text):
+        model, info = auto_class.from_pretrained(
+            str(local.folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    # The pooler of a ViT encoder is not used for captions, and many checkpoints leave it out.
+    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in key)
+    if wrong := [*missing, *sorted(str(key) for key in info.get("mismatched_keys", ()))]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        what = "lacks the weight" if missing else "has a weight of another shape than its config says:"
+        raise ModelError(
+            f"{local.spec.text} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
+        )
+    return model, sorted(info["unexpected_keys"])
+
+
+def _decoding_defaults(folder: Path) -> dict[str, Any]:
+    """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's."""
+    path = folder / "generation_config.json"
+    values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if values.get("max_length") is None and values.get("max_new_tokens"):
+        values["max_length"] = values["max_new_tokens"] + 1
+    return values
+
+
+@contextlib.contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """Turn what loading raises into one line about the model."""
+    with _quiet_libraries():
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{name} cannot be loaded: {first}") from error
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep transformers' load reports, bars and advice from the user's terminal, and restore its settings after."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,355 @@
+"""The whole way of `dbcap caption`: discover > read > prepare > generate > write > report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbcap import images, inputs
+from dbcap.captioning import records, sinks
+from dbcap.captioning.journal import Journal, Progress
+from dbcap.captioning.records import LINE_FORMATS, Placed
+from dbcap.captioning.xmp import Xmp
+from dbcap.config.models import CaptionConfig, CommonConfig
+from dbcap.errors import OK, PARTIAL, DbcapError, InputError, Interrupted, UsageError, did_you_mean
+from dbcap.events import Events, Tracker
+from dbcap.inputs import Found, Source, shown
+from dbcap.plugins import loader
+from dbcap.plugins.api import Candidate, Record, Writer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from dbcap.captioning.reading import Prepared
+    from dbcap.models.device import Choice
+    from dbcap.models.hub import LocalModel
+    from dbcap.plugins.api import Captioner
+
+PLACED = ("sidecar", "metadata", "xmp")
+
+
+@dataclass(frozen=True)
+class CaptionReport:
+    """What came of a run."""
+
+    captioned: int = 0
+    failed: int = 0
+    skipped: int = 0
+    output: str | None = None
+    note: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when inputs failed."""
+        return PARTIAL if self.failed else OK
+
+    @property
+    def summary(self) -> str:
+        """One line for stderr; empty where the captions themselves say it all."""
+        if self.note:
+            return self.note
+        if not (self.failed or self.skipped or self.output):
+            return ""
+        parts = [f"{self.captioned} captioned", f"{self.failed} failed"]
+        if self.skipped:
+            parts.append(f"{self.skipped} skipped (they have a caption; --existing overwrite makes them anew)")
+        return ", ".join(parts) + (f": {self.output}" if self.output else "")
+
+
+@dataclass
+class Job:
+    """What a run has settled before the model is loaded."""
+
+    found: Found
+    todo: list[Source]
+    existing: int = 0  # inputs that have a caption already
+    placed: Placed | None = None
+    journal: Journal | None = None
+    progress: Progress | None = None
+    write: Any = None  # to a stream
+    stack: ExitStack = field(default_factory=ExitStack)
+
+
+def run(config: CaptionConfig, common: CommonConfig, events: Events) -> CaptionReport:
+    """Caption images as `dbcap caption` does. Raises DbcapError; failed inputs are counted in the report."""
+    images.parse_colour(config.alpha)
+    _check_format(config.format)
+    with ExitStack() as stack:
+        job = _plan(config, events, stack)
+        if isinstance(job, CaptionReport):
+            return job
+        return _Run(config, common, events, job).run()
+
+
+def _check_format(name: str) -> None:
+    known = list(dict.fromkeys([*LINE_FORMATS, *PLACED]))
+    if name not in known:  # plugins are loaded only for a name that is none of ours
+        known += loader.writers(known)
+    if name not in known:
+        raise UsageError(
+            f"--format {name} is not known: it must be one of {', '.join(known)}", did_you_mean(name, known)
+        )
+
+
+def _plan(config: CaptionConfig, events: Events, stack: ExitStack) -> Job | CaptionReport:
+    """Find the inputs and the output, and refuse what cannot end well, before anything slow begins."""
+    placed = _placed(config)
+    write = None if placed else sinks.stream_target(config.output, stack)
+    if placed or write:
+        found = _discover(config, events)
+        job = Job(found, found.sources, placed=placed, write=write, stack=stack)
+        return _without_existing(job, config) if placed else job
+    assert config.output
+    output = Path(config.output)
+    journal = sinks.open_journal(output, resume=config.resume, force=config.force, lock=config.lock, stack=stack)
+    if journal is None:
+        return CaptionReport(note=f"{config.output} is finished already, and left as it is")
+    if config.resume and journal.exists():
+        progress = journal.read()
+        found = Found(progress.sources, 0, progress.single, [])
+        return Job(found, found.sources[progress.done :], journal=journal, progress=progress, stack=stack)
+    found = _discover(config, events)
+    return Job(found, found.sources, journal=journal, stack=stack)
+
+
+def _discover(config: CaptionConfig, events: Events) -> Found:
+    import sys
+
+    found = inputs.discover(config.inputs, recursive=config.recursive, null=config.null, stdin=sys.stdin.buffer)
+    for name in found.empty:
+        events.say(f"{shown(name)}: nothing to caption there")
+    if found.ignored:
+        events.say(f"{found.ignored} files that are no pictures were left out")
+    return found
+
+
+def _placed(config: CaptionConfig) -> Placed | None:
+    if config.format == "sidecar":
+        return records.Sidecar(config.extension)
+    if config.format == "xmp":
+        return Xmp()
+    return records.MetadataFolder() if config.format == "metadata" and config.output is None else None
+
+
+def _without_existing(job: Job, config: CaptionConfig) -> Job:
+    """Take out the inputs that have a caption, or refuse them, as `--existing` says."""
+    assert job.placed
+    good = [source for source in job.todo if not source.error]
+    job.placed.check(good)
+    if config.existing not in ("skip", "error"):
+        return job
+    todo = []
+    for source in job.todo:
+        try:
+            there = not source.error and job.placed.has(source)
+        except InputError as error:
+            source, there = replace(source, error=error), False
+        if there and config.existing == "error":
+            raise UsageError(
+                f"{shown(source.name)} has a caption already", "--existing skip, overwrite, append or prepend go on"
+            )
+        if not there:
+            todo.append(source)
+    return replace(job, todo=todo, existing=len(job.todo) - len(todo))
+
+
+class _Run:
+    """One run, from the loaded model to the report."""
+
+    def __init__(self, config: CaptionConfig, common: CommonConfig, events: Events, job: Job) -> None:
+        self._config = config
+        self._common = common
+        self._events = events
+        self._job = job
+        self._done = job.progress.done if job.progress else 0
+        self._failed = 0
+        self._captioned = 0
+
+    def run(self) -> CaptionReport:
+        """Caption everything that is to be done."""
+        job, config = self._job, self._config
+        self._errors = sinks.ErrorLog(config.errors, job.stack)
+        for failure in job.progress.failures if job.progress else ():
+            self._failed += 1
+            self._errors.add(failure)
+        self._captioned = self._done - self._failed
+        if any(not source.error for source in job.todo):
+            self._load()
+            self._sink = self._open_sink(self._settings())
+            prepared = self._prepared()
+        else:  # nothing is left for the model to do
+            self._batch_size = 1
+            self._sink = self._open_sink(job.progress.settings if job.progress else {})
+            prepared = [_failed(source) for source in job.todo]
+        self._caption_all(prepared)
+        output = config.output if config.output not in (None, "-") else None
+        return CaptionReport(self._captioned, self._failed, job.existing, output)
+
+    def _load(self) -> None:
+        """Find and load the model, and settle how it runs."""
+        from dbcap.captioning import captioner, decoding
+        from dbcap.config.paths import cache_dir
+        from dbcap.models import device, hub
+
+        config, common, events = self._config, self._common, self._events
+        local = hub.locate(
+            config.model, offline=common.offline, allow_pickle=common.allow_pickle, events=events, home=cache_dir()
+        )
+        choice = device.choose(
+            device=config.device,
+            dtype=config.dtype,
+            batch_size=config.batch_size,
+            parameters=captioner.count_parameters(local.folder),
+        )
+        for reason in choice.why:
+            events.detail(reason)
+        self._local: LocalModel = local
+        self._choice: Choice = choice
+        self._captioner: Captioner = captioner.load(local, choice, events)
+        self._decoding = decoding.settle(
+            config, self._captioner.defaults(), self._captioner.capabilities, local.spec.text
+        )
+        self._captioner.check(self._decoding.as_dict())
+        # The shape of a batch is one for the whole run and its resumes: kernels round differently at other shapes.
+        self._batch_size = min(choice.batch_size, len(self._job.found.sources))
+
+    def _settings(self) -> dict[str, Any]:
+        """Return everything that decides the bytes of the output."""
+        config = self._config
+        text = ("format", "with_filename", "prefix", "suffix", "template", "replace", "alpha", "max_pixels", "seed")
+        return {
+            "inputs": list(config.inputs),
+            "folder": os.getcwd(),
+            "model": self._local.spec.text,
+            "revision": self._local.revision,
+            "device": self._choice.device.partition(":")[0],
+            "dtype": self._choice.dtype,
+            "batch size": self._batch_size,
+            **self._decoding.as_dict(),
+            **{name: list(value) if isinstance(value := getattr(config, name), tuple) else value for name in text},
+        }
+
+    def _open_sink(self, settings: Mapping[str, Any]) -> sinks.Sink:
+        job, config = self._job, self._config
+        if job.placed:
+            return sinks.Beside(job.placed, config.existing)
+        writer = self._writer()
+        if not job.journal:
+            return sinks.Stream(writer, job.write)
+        if job.progress:
+            sinks.refuse_other_settings(job.progress.settings, settings)
+            self._events.say(f"going on with {config.output}: {self._done} of {len(job.found.sources)} are done")
+        else:
+            job.journal.start(settings, job.found.sources, job.found.single)
+        return sinks.Resumable(job.journal, writer, job.progress)
+
+    def _writer(self) -> Writer:
+        config = self._config
+        with_path = not self._job.found.single if config.with_filename is None else config.with_filename
+        base = Path(config.output or ".").parent
+        if config.format in LINE_FORMATS:
+            return LINE_FORMATS[config.format](with_path=with_path, base=base)
+        return loader.writers()[config.format]()
+
+    def _prepared(self) -> Any:
+        from dbcap.captioning import reading
+
+        work = lambda source: reading.prepare(source, self._config, self._captioner.prepare)  # noqa: E731
+        ahead = self._config.workers + 2 * self._batch_size
+        return reading.in_order(self._job.todo, work, self._config.workers, ahead)
+
+    def _caption_all(self, prepared: Any) -> None:
+        from dbcap.captioning import reading
+
+        total = len(self._job.found.sources)
+        try:
+            with self._events.track("Captioning", len(self._job.todo)) as tracker:
+                for group in reading.groups(iter(prepared), self._batch_size):
+                    self._do(group, tracker)
+            self._sink.finish()
+        except (KeyboardInterrupt, Interrupted):
+            self._sink.close()
+            again = "; the same command with --resume goes on" if self._job.journal else ""
+            self._events.say(f"{self._done} of {total} are done{again}")
+            raise
+        except BaseException:
+            self._sink.close()
+            raise
+
+    def _do(self, group: Sequence[Prepared], tracker: Tracker) -> None:
+        """Caption one batch, write it, and report what failed."""
+        stop = next((item for item in group if item.error and self._config.on_error == "stop"), None)
+        if stop:
+            group = group[: list(group).index(stop)]
+        good = [item for item in group if not item.error]
+        rows = list(zip((item.source for item in good), self._records(good), strict=True)) if good else []
+        failures = [(item.source.name, item.error) for item in group if item.error]
+        as_written = [(name, error.kind, str(error)) for name, error in failures]
+        unplaced = self._sink.write(rows, self._done + len(group), as_written)
+        self._done += len(group)
+        self._captioned += len(rows) - len(unplaced)
+        tracker.advance(len(rows) - len(unplaced))
+        for name, error in [*failures, *((source.name, error) for source, error in unplaced)]:
+            self._failed += 1
+            tracker.fail()
+            self._events.fail(f"{shown(name)}: {error}")
+            self._errors.add((name, error.kind, str(error)))
+        if stop:
+            raise DbcapError(f"{shown(stop.source.name)}: {stop.error}", "stopped there, as --on-error stop says")
+
+    def _records(self, good: Sequence[Prepared]) -> list[Record]:
+        import numpy as np
+
+        try:
+            pixels = np.stack([item.pixels for item in good if item.pixels is not None])
+        except ValueError as error:
+            raise DbcapError(
+                f"{self._config.model} makes images of different shapes: they cannot share a batch",
+                "use --batch-size 1",
+            ) from error
+        seeds = [image_seed(self._config.seed, item.sha256) for item in good]
+        missing = self._batch_size - len(good)
+        if missing:
+            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+            if not self._decoding.sample:  # sampling takes its images one by one
+                seeds += [0] * missing
+            else:
+                pixels = pixels[: len(good)]
+        found = self._captioner.generate(pixels, self._decoding.as_dict(), seeds)
+        return [self._record(item, candidates) for item, candidates in zip(good, found, strict=False)]
+
+    def _record(self, item: Prepared, candidates: Sequence[Candidate]) -> Record:
+        texts = tuple(Candidate(self._dressed(c.text, item.source), c.score) for c in candidates)
+        return Record(
+            item.source.name, item.sha256, item.width, item.height, texts, self._local.spec.text, self._config.seed
+        )
+
+    def _dressed(self, text: str, source: Source) -> str:
+        """Apply --replace, --template, --prefix and --suffix, in this order."""
+        from dbcap.captioning.reading import stem_of
+
+        config = self._config
+        for pair in config.replace:
+            old, _, new = pair.partition("=")
+            text = text.replace(old, new)
+        if config.template != "{caption}":
+            text = config.template.replace("{stem}", stem_of(source)).replace("{caption}", text)
+        return f"{config.prefix}{text}{config.suffix}"
+
+
+def _failed(source: Source) -> Prepared:
+    from dbcap.captioning.reading import Prepared
+
+    return Prepared(source, error=source.error)
+
+
+def image_seed(seed: int, sha256: str) -> int:
+    """Return the seed of one image's sampling, from the run's seed and the image's content: below 2**63."""
+    digest = hashlib.sha256(f"{seed}:{sha256}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,204 @@
+"""Where captions go: a stream, a file that survives interruptions, or places beside the images."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from dbcap.captioning.journal import Failure, Journal, Progress
+from dbcap.captioning.records import Existing, Placed
+from dbcap.errors import DbcapError, InputError, UsageError
+from dbcap.files import Lock
+from dbcap.inputs import Source
+from dbcap.plugins.api import Record, Writer
+
+Row = tuple[Source, Record]
+FLUSH_SECONDS = 10.0
+
+
+class Sink(Protocol):
+    """What the run writes to. `done` counts inputs from the start, failed ones included."""
+
+    def write(self, rows: Sequence[Row], done: int, failures: Sequence[Failure]) -> list[tuple[Source, InputError]]:
+        """Write a batch; returns the inputs whose caption could not be put in its place."""
+
+    def finish(self) -> None:
+        """Complete the output."""
+
+    def close(self) -> None:
+        """Let go after an interruption; what is written stays."""
+
+
+class Stream:
+    """Rows as they come, to stdout or a pipe."""
+
+    def __init__(self, writer: Writer, write: Callable[[bytes], None]) -> None:
+        self._writer = writer
+        self._write = write
+        self._rows = 0
+        if header := writer.header():
+            write(header)
+
+    def write(self, rows: Sequence[Row], done: int, failures: Sequence[Failure]) -> list[tuple[Source, InputError]]:  # noqa: ARG002
+        """Write a batch at once, so that a reader sees it early."""
+        if data := _render(self._writer, rows, self._rows == 0):
+            self._write(data)
+        self._rows += len(rows)
+        return []
+
+    def finish(self) -> None:
+        """Write what closes the document."""
+        if footer := self._writer.footer(self._rows == 0):
+            self._write(footer)
+
+    def close(self) -> None:
+        """Do nothing: all is written."""
+
+
+class Resumable:
+    """Rows of `-o FILE`, through a journal."""
+
+    def __init__(self, journal: Journal, writer: Writer, progress: Progress | None) -> None:
+        self._journal = journal
+        self._writer = writer
+        self._empty = True
+        if progress:
+            journal.go_on(progress)
+            self._empty = progress.done == len(progress.failures)
+        self._header = b"" if progress and progress.size else writer.header()
+
+    def write(self, rows: Sequence[Row], done: int, failures: Sequence[Failure]) -> list[tuple[Source, InputError]]:
+        """Write a batch and make it last."""
+        self._journal.commit(self._header + _render(self._writer, rows, self._empty), done, failures)
+        self._header = b""
+        self._empty = self._empty and not rows
+        return []
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        self._journal.finish(self._header + self._writer.footer(self._empty))
+
+    def close(self) -> None:
+        """Leave the partial file for `--resume`."""
+        self._journal.close()
+
+
+class Beside:
+    """Captions in files beside the images."""
+
+    def __init__(self, placed: Placed, existing: Existing) -> None:
+        self._placed = placed
+        self._existing = existing
+        self._flushed = time.monotonic()
+
+    def write(self, rows: Sequence[Row], done: int, failures: Sequence[Failure]) -> list[tuple[Source, InputError]]:  # noqa: ARG002
+        """Write each caption to its place; what shares a file is put on disk every few seconds."""
+        failed = []
+        for source, record in rows:
+            try:
+                self._placed.write(source, record, self._existing)
+            except InputError as error:
+                failed.append((source, error))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._placed.flush()
+            self._flushed = time.monotonic()
+        return failed
+
+    def finish(self) -> None:
+        """Put everything on disk."""
+        self._placed.flush()
+
+    close = finish
+
+
+def _render(writer: Writer, rows: Sequence[Row], first: bool) -> bytes:
+    return b"".join(writer.row(record, first and number == 0) for number, (_, record) in enumerate(rows))
+
+
+def stream_target(name: str | None, stack: ExitStack) -> Callable[[bytes], None] | None:
+    """Return how to write to stdout or to a file that is none (a pipe, a device); None for a regular or new file."""
+    if name is None or name == "-" or name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        return _to_stdout
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UsageError(f"cannot write {name}: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        raise UsageError(f"{name} is a folder", "name a file with -o")
+    if stat.S_ISREG(mode) and not name.startswith(("/dev/fd/", "/proc/self/fd/")):
+        return None
+    try:
+        file = stack.enter_context(open(name, "wb", buffering=0))
+    except OSError as error:
+        raise UsageError(f"cannot write {name}: {error.strerror}") from error
+    return lambda data: _write_all(file, data)
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _to_stdout(data: bytes) -> None:
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def open_journal(output: Path, *, resume: bool, force: bool, lock: str | None, stack: ExitStack) -> Journal | None:
+    """Lock FILE and decide whether there is something to do. Returns None when `--resume` finds a finished FILE."""
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent}", "create it first")
+    stack.enter_context(Lock(Path(lock)) if lock else Lock(output.with_name(output.name + ".lock"), remove=True))
+    journal = Journal(output)
+    if resume:
+        return None if output.exists() and not journal.exists() else journal
+    if force:
+        return journal
+    if journal.exists():
+        raise UsageError(f"{output} was interrupted", "--resume goes on with it, --force starts over")
+    if output.exists():
+        raise UsageError(f"{output} exists", "--force replaces it")
+    return journal
+
+
+def refuse_other_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise UsageError when an interrupted run used settings that would give other bytes."""
+    for key in new:
+        if old.get(key) != new[key]:
+            raise UsageError(
+                f"--resume: the interrupted run has {key} {_shown(old.get(key))}, this one {_shown(new[key])}",
+                "use the same again, or start over with --force",
+            )
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+class ErrorLog:
+    """`--errors FILE`: one JSON line for each failed input."""
+
+    def __init__(self, name: str | None, stack: ExitStack) -> None:
+        try:
+            self._file = stack.enter_context(open(name, "wb")) if name else None
+        except OSError as error:
+            raise DbcapError(f"cannot write --errors {name}: {error.strerror}") from error
+
+    def add(self, failure: Failure) -> None:
+        """Write one failed input at once."""
+        from dbcap.captioning.records import json_bytes
+
+        if self._file:
+            path, kind, message = failure
+            self._file.write(json_bytes({"path": path, "kind": kind, "message": message}) + b"\n")
+            self._file.flush()
