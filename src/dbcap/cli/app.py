@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dbcap.errors import OK, SIGTERM, Interrupted, UsageError, did_you_mean
+from dbcap.errors import OK, SIGTERM, DbcapError, Interrupted, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ COMMANDS: dict[str, Command] = {
 class LazyGroup(TyperGroup):
     """Knows every command's name and help line, and loads only the one that is typed."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - typer's signature, as below
         return [*COMMANDS, *_plugin_commands()]
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """Return a stand-in, enough for a listing and for completion of names."""
         if cmd_name in COMMANDS:
             return TyperCommand(cmd_name, help=COMMANDS[cmd_name].help)
@@ -50,17 +50,36 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
-        if name in COMMANDS:
-            app = import_module(COMMANDS[name].module).app
-        elif entry := _plugin_commands().get(name):
-            app = entry.load()
-        else:
-            raise UsageError(
-                f"there is no command {name}", did_you_mean(name, self.list_commands(ctx)) or "run `dbcap --help`"
-            )
+        try:
+            if name in COMMANDS:
+                app = import_module(COMMANDS[name].module).app
+            elif entry := _plugin_commands().get(name):
+                app = entry.load()
+            else:
+                near = did_you_mean(name, self.list_commands(ctx))
+                raise UsageError(f"there is no command {name}", near or "`dbcap --help` lists them")
+        except DbcapError:
+            if ctx.resilient_parsing:  # the shell asks for completions: none
+                return None, None, []
+            raise
         command: Any = typer.main.get_command(app)
         command.name = name
+        if name in COMMANDS and not command.help:
+            command.help = COMMANDS[name].help
         return name, command, args[1:]
+
+    def invoke(self, ctx: Any) -> None:
+        """Run the command. What it returns is dropped: an exit code is raised as typer.Exit."""
+        try:
+            super().invoke(ctx)
+        except Exception as error:
+            from dbcap.cli.errors import is_fault
+
+            entry = _plugin_commands().get(ctx.invoked_subcommand)
+            if entry is None or not is_fault(error):
+                raise
+            where = f"the plugin command {entry.name} of {entry.distribution}"
+            raise DbcapError(f"{where} failed: {type(error).__name__}: {error}", "DBCAP_DEBUG=1 shows where") from error
 
 
 def _plugin_commands() -> dict[str, Any]:
@@ -77,7 +96,8 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
+# Help is plain text (see cli/help.py), which also spares `dbcap --help` the import of rich.
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -99,5 +119,5 @@ def run(arguments: Sequence[str]) -> int:
         return explain(error, Terminal())
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise Interrupted(SIGTERM)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 
-import typer
-
 from dbcap.cli.command import Session, plain
 from dbcap.cli.config import Json
+from dbcap.cli.help import App
 from dbcap.cli.output import print_json, print_table
 from dbcap.config.paths import cache_dir
 from dbcap.files import folder_size, in_units
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look into and clear what dbcap can make again.")
+app = App()
 
 
 def _parts() -> dict[str, tuple[int, int]]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import typer
-
 from dbcap.cli.command import command
+from dbcap.cli.help import App
 from dbcap.config.models import CaptionConfig, CommonConfig
 
 if TYPE_CHECKING:
     from dbcap.captioning.run import CaptionReport
     from dbcap.events import Events
 
-app = typer.Typer(add_completion=False)
+app = App()
 
 
 @app.command()
@@ -23,11 +22,9 @@ def caption(config: CaptionConfig, common: CommonConfig, events: Events) -> Capt
 
     One image prints its caption alone; several print `path<TAB>caption`. Examples:
 
-    dbcap caption photo.jpg
-
-    dbcap caption photos -r --format jsonl -o captions.jsonl
-
-    find . -name '*.jpg' -print0 | dbcap caption -0 - --format sidecar
+      dbcap caption photo.jpg
+      dbcap caption photos -r --format jsonl -o captions.jsonl
+      find . -name '*.jpg' -print0 | dbcap caption -0 - --format sidecar
     """
     from dbcap.captioning.run import run
 

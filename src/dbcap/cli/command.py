@@ -10,16 +10,18 @@ from typing import Annotated, Any, Protocol, TypeVar
 import typer
 from pydantic.fields import FieldInfo
 
+from dbcap.cli import complete
 from dbcap.cli.errors import explain
 from dbcap.cli.output import Terminal
 from dbcap.config import fields
 from dbcap.config.fields import Section
 from dbcap.config.models import COMMON, SECTIONS, CommonConfig
 from dbcap.config.resolve import Given, Settings, resolve
+from dbcap.errors import ConfigError
+from dbcap.events import Events
 from dbcap.plugins import loader
 
 C = TypeVar("C", bound=Section)
-Report = TypeVar("Report", bound="HasOutcome", covariant=True)
 
 
 class HasOutcome(Protocol):
@@ -38,14 +40,13 @@ class Session:
     settings: Settings
     common: CommonConfig
     events: Terminal
-    given: Given
 
 
-def command(model: type[C]) -> Callable[[Callable[[C, CommonConfig, Terminal], HasOutcome]], Callable[..., None]]:
+def command(model: type[C]) -> Callable[[Callable[[C, CommonConfig, Events], HasOutcome]], Callable[..., None]]:
     """Make a command whose options are the fields of `model` and which prints the summary of the report it returns."""
     section = next(name for name, known in SECTIONS.items() if known is model)
 
-    def decorate(function: Callable[[C, CommonConfig, Terminal], HasOutcome]) -> Callable[..., None]:
+    def decorate(function: Callable[[C, CommonConfig, Events], HasOutcome]) -> Callable[..., None]:
         def start(session: Session, **own: Any) -> None:
             report = function(session.settings.section(model, **own), session.common, session.events)
             if report.summary:
@@ -53,7 +54,7 @@ def command(model: type[C]) -> Callable[[Callable[[C, CommonConfig, Terminal], H
             if report.exit_code:
                 raise typer.Exit(report.exit_code)
 
-        return _build(function, start, options_of(model), section)
+        return _build(function, start, options_of(model), section=section)
 
     return decorate
 
@@ -61,11 +62,22 @@ def command(model: type[C]) -> Callable[[Callable[[C, CommonConfig, Terminal], H
 def plain(function: Callable[..., None]) -> Callable[..., None]:
     """Make a command from a function `(session, own typer parameters...)`; the common options are added."""
     own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "session"]
-    return _build(function, function, own, "")
+    return _build(function, function, own)
+
+
+def mending(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a plain command that runs whatever is wrong with the settings files, since it is there to put them right."""
+    own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name != "session"]
+    return _build(function, function, own, mends=True)
 
 
 def _build(
-    function: Callable[..., Any], start: Callable[..., None], own: list[inspect.Parameter], section: str
+    function: Callable[..., Any],
+    start: Callable[..., None],
+    own: list[inspect.Parameter],
+    *,
+    section: str = "",
+    mends: bool = False,
 ) -> Callable[..., None]:
     model = SECTIONS.get(section)
     shared = [*options_of(CommonConfig), *_where_to_look()]
@@ -74,12 +86,12 @@ def _build(
         terminal = Terminal()
         try:
             given = _given(typed, section)
-            settings = resolve(given)
+            settings = _resolve_in_spite(given) if mends else resolve(given)
             common = settings.section(CommonConfig)
             terminal = Terminal.of(common)
             _prepare_process(common)
             try:
-                start(Session(settings, common, terminal, given), **_arguments(typed, own, model))
+                start(Session(settings, common, terminal), **_arguments(typed, own, model))
             finally:
                 for problem in loader.problems():
                     terminal.warn(problem)
@@ -91,6 +103,13 @@ def _build(
     callback.__annotations__ = {p.name: p.annotation for p in parameters}
     callback.__name__, callback.__doc__ = function.__name__, function.__doc__
     return callback
+
+
+def _resolve_in_spite(given: Given) -> Settings:
+    try:
+        return resolve(given)
+    except ConfigError:
+        return resolve(given, files=False)
 
 
 def _prepare_process(common: CommonConfig) -> None:
@@ -121,7 +140,7 @@ def _arguments(typed: Mapping[str, Any], own: list[inspect.Parameter], model: ty
 
 
 def options_of(model: type[Section]) -> list[inspect.Parameter]:
-    """Derive typer parameters from the fields of a model. All default to "not given"; values stay text until resolved."""
+    """Derive typer parameters from a model's fields. All default to "not given"; values stay text until resolved."""
     own = [item for item in model.model_fields.items() if item[0] in model.__annotations__]
     inherited = [item for item in model.model_fields.items() if item[0] not in model.__annotations__]
     return [_parameter(name, field) for name, field in (*own, *inherited)]
@@ -144,29 +163,29 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     info = typer.Option(
         *long,
         *cli.flags,
-        help=text.replace("[", r"\["),  # rich would take it for markup
+        help=text,
         metavar="" if switch else fields.metavar_of(field),
         rich_help_panel=cli.group,
         show_default=False,
-        autocompletion=_completer(choices),
+        autocompletion=complete.one_of(choices) if choices else None,
     )
     kind: Any = bool | None if switch else (list[str] if fields.is_list(field) else str | None)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
 
 
-def _completer(values: tuple[str, ...]) -> Callable[[str], list[str]] | None:
-    return (lambda incomplete: [v for v in values if v.startswith(incomplete)]) if values else None
-
-
 def _where_to_look() -> list[inspect.Parameter]:
     """Return the options that choose places of settings; they are no settings themselves."""
 
-    def make(name: str, kind: Any, flag: str, metavar: str, text: str) -> inspect.Parameter:
-        info = typer.Option(flag, metavar=metavar, help=text, rich_help_panel=COMMON, show_default=False)
+    def make(name: str, kind: Any, flag: str, metavar: str, text: str, completer: Any = None) -> inspect.Parameter:
+        info = typer.Option(
+            flag, metavar=metavar, help=text, rich_help_panel=COMMON, show_default=False, autocompletion=completer
+        )
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, info])
 
     return [
-        make("profile_name", str | None, "--profile", "NAME", "Use the settings of this profile."),
+        make("profile_name", str | None, "--profile", "NAME", "Use the settings of this profile.", complete.profile),
         make("config_file", str | None, "--config", "FILE", "Use the settings of this TOML or YAML file."),
-        make("assign", list[str], "--set", "KEY=VALUE", "Set any key for this run; may be repeated."),
+        make(
+            "assign", list[str], "--set", "KEY=VALUE", "Set any key for this run; may be repeated.", complete.assignment
+        ),
     ]

@@ -11,23 +11,28 @@ from typing import Annotated, Any
 
 import typer
 
-from dbcap.cli.command import Session, plain
+from dbcap.cli import complete
+from dbcap.cli.command import Session, mending, plain
+from dbcap.cli.help import App
 from dbcap.cli.output import print_json, print_lines, printable
 from dbcap.config import store
 from dbcap.config.layers import field_of, from_file, normal_key
 from dbcap.config.paths import config_file, project_file
 from dbcap.config.resolve import PROFILE_KEY
-from dbcap.errors import DbcapError, InputError
+from dbcap.errors import DbcapError
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Show and change settings, and say where each comes from."
-)
+app = App()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.", show_default=False)]
 Project = Annotated[
     bool, typer.Option("--project", help="Use ./dbcap.toml instead of the user's file.", show_default=False)
 ]
-Key = Annotated[str, typer.Argument(metavar="KEY", help="A key such as caption.num_beams.", show_default=False)]
+Key = Annotated[
+    str,
+    typer.Argument(
+        metavar="KEY", help="A key such as caption.num_beams.", show_default=False, autocompletion=complete.key
+    ),
+]
 
 
 def text_of(value: Any) -> str:
@@ -72,11 +77,14 @@ def get(session: Session, key: Key) -> None:
 
 
 @app.command("set")
-@plain
+@mending
 def set_(
     session: Session,
     key: Key,
-    value: Annotated[str, typer.Argument(metavar="VALUE", help="Its new value.", show_default=False)],
+    value: Annotated[
+        str,
+        typer.Argument(metavar="VALUE", help="Its new value.", show_default=False, autocompletion=complete.value),
+    ],
     project: Project = False,
 ) -> None:
     """Write a key to the user's config.toml, or to ./dbcap.toml."""
@@ -86,7 +94,7 @@ def set_(
 
 
 @app.command()
-@plain
+@mending
 def unset(session: Session, key: Key, project: Project = False) -> None:
     """Take a key out of the user's config.toml, or of ./dbcap.toml."""
     key = normal_key(key)
@@ -95,15 +103,16 @@ def unset(session: Session, key: Key, project: Project = False) -> None:
 
 
 @app.command()
-@plain
+@mending
 def path(session: Session, project: Project = False) -> None:  # noqa: ARG001 - every command takes the session
     """Print where the settings file is."""
     print_lines([str(_file(project))])
 
 
-def edit(project: Project = False) -> None:
+@app.command()
+@mending
+def edit(session: Session, project: Project = False) -> None:  # noqa: ARG001
     """Open the settings file in $VISUAL or $EDITOR, and check it after."""
-    # Settings are not resolved here: this is how a file with a mistake in it gets mended.
     file = _file(project)
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if not editor:
@@ -115,8 +124,5 @@ def edit(project: Project = False) -> None:
     except OSError as error:
         raise DbcapError(f"cannot start {editor}: {error.strerror}") from error
     if code:
-        raise InputError(f"{editor} ended with exit code {code}", kind="editor")
+        raise DbcapError(f"{editor} ended with exit code {code}")
     from_file(file, str(file), skip=() if project else (PROFILE_KEY,))
-
-
-app.command()(edit)

@@ -7,46 +7,82 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dbcap.errors import FAILED, OK, SIGINT, SIGTERM, USAGE, DbcapError, Interrupted
+from dbcap.errors import FAILED, OK, SIGINT, SIGTERM, USAGE, DbcapError, Interrupted, did_you_mean
 
 if TYPE_CHECKING:
     from dbcap.cli.output import Terminal
 
-_UsageProblem = typer.BadParameter.__mro__[1]  # typer's own usage error, for which it has no public name
+_UsageProblem, _Problem = typer.BadParameter.__mro__[1:3]  # typer's own errors, for which it has no public names
+
+
+def is_fault(error: Exception) -> bool:
+    """Tell whether nobody foresaw this exception: no mistake of the user, no message of the system, no way to end."""
+    return not isinstance(error, DbcapError | OSError | typer.Exit | typer.Abort | _Problem)
 
 
 def explain(error: BaseException, terminal: Terminal) -> int:
     """Say what happened in one line and return the exit code. With DBCAP_DEBUG=1 the exception goes on instead."""
-    if isinstance(error, typer.Exit | SystemExit):
-        return error.exit_code if isinstance(error, typer.Exit) else int(error.code or OK)
+    if isinstance(error, typer.Exit):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return _left(error, terminal)
     if isinstance(error, BrokenPipeError):
-        from dbcap.cli.output import close_stdout
-
-        close_stdout()  # `| head` has what it wanted
-        return OK
-    if isinstance(error, KeyboardInterrupt | Interrupted | typer.Abort):
+        return _nobody_reads()
+    if isinstance(error, KeyboardInterrupt | Interrupted):
         code = error.exit_code if isinstance(error, Interrupted) else SIGINT
         terminal.error("terminated" if code == SIGTERM else "interrupted")
         return code
     if isinstance(error, _UsageProblem):
-        terminal.error(_usage_line(error))
+        if type(error).__name__ == "NoArgsIsHelpError":
+            terminal.help(str(error))
+        else:
+            terminal.error(_usage_line(error))
         return USAGE
-    if os.environ.get("DBCAP_DEBUG") or not isinstance(error, Exception):
+    if os.environ.get("DBCAP_DEBUG", "0") not in ("", "0") or not isinstance(error, Exception):
         raise error
-    if isinstance(error, DbcapError):
-        terminal.error(str(error))
-        return error.exit_code
-    terminal.error(
-        f"{type(error).__name__}: {error}; this is a fault in dbcap, and DBCAP_DEBUG=1 shows where it happened"
-    )
+    terminal.error(_line(error))
+    return error.exit_code if isinstance(error, DbcapError) else FAILED
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, typer.Abort):
+        return "aborted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if not is_fault(error):
+        return str(error)
+    fault = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{fault}; this is a fault in dbcap, and DBCAP_DEBUG=1 shows where it happened"
+
+
+def _left(error: SystemExit, terminal: Terminal) -> int:
+    """Return the code of a `sys.exit()`: typer calls it when a pipe breaks, a plugin with a code or a text."""
+    if isinstance(error.__context__, BrokenPipeError):
+        return _nobody_reads()
+    if error.code is None or isinstance(error.code, int):
+        return error.code or OK
+    terminal.error(str(error.code))
     return FAILED
 
 
+def _nobody_reads() -> int:
+    """`| head` has what it wanted: let go of stdout, so that the interpreter does not complain on its way out."""
+    from dbcap.cli.output import close_stdout
+
+    close_stdout()
+    return OK
+
+
 def _usage_line(error: Any) -> str:
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.message.split() or error.format_message().split()).rstrip(".")
+    message = message[:1].lower() + message[1:]
     if not error.ctx:
         return message
-    if type(error).__name__ == "NoArgsIsHelpError":
-        return f"a command is missing; `{error.ctx.command_path} --help` lists them"
-    path = error.ctx.command_path
-    return f"{path}: {message[:1].lower()}{message[1:]}; `{path} --help` shows what it takes"
+    path, option = error.ctx.command_path, getattr(error, "option_name", "")
+    hint = f"`{path} --help` shows what it takes"
+    if message.startswith("no such option"):
+        known = [name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)]
+        hint = did_you_mean(option, known) or hint
+        if error.ctx.parent is None and not did_you_mean(option, known):
+            hint = "options come after the command, as in `dbcap caption --quiet`"
+    return f"{path}: {message}; {hint}"

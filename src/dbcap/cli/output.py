@@ -6,23 +6,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbcap.errors import ConfigError
-from dbcap.events import Tracker
+from dbcap.errors import ConfigError, DbcapError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
     from dbcap.config.models import CommonConfig
 
 
 def write_stdout(data: bytes) -> None:
     """Write data to stdout at once. Raises BrokenPipeError when the reader has gone."""
+    if sys.stdout is None:
+        raise DbcapError("stdout is closed", "send it to a file or to /dev/null")
     sys.stdout.flush()
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
@@ -53,9 +53,9 @@ class Terminal:
     ) -> None:
         self._quiet = quiet
         self._verbose = verbose
-        self._progress = progress and not quiet and sys.stderr.isatty()
+        self._progress = progress and not quiet and _is_terminal(sys.stderr)
         self._log = _open_log(log_file) if log_file else None
-        self._live: Console | None = None  # the console of a progress display, which lines must go around
+        self.live: Console | None = None  # the console of a progress display, which lines must go around
 
     @classmethod
     def of(cls, config: CommonConfig) -> Terminal:
@@ -78,36 +78,37 @@ class Terminal:
     def detail(self, message: str) -> None:
         self._line(message, "dim", shown=self._verbose)
 
+    def help(self, text: str) -> None:
+        """Show the help of a group of commands that was called without one."""
+        if sys.stderr:
+            sys.stderr.write(f"{text}\n" if text else "")
+
     def _line(self, message: str, style: str, shown: bool = True) -> None:
         text = printable(message)
         if self._log:
             self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
             self._log.flush()
-        if not shown:
+        if not shown or sys.stderr is None:
             return
-        console = self._live or (stderr_console() if sys.stderr.isatty() else None)
-        if console:
+        if self.live or _is_terminal(sys.stderr):
+            console = self.live or stderr_console()
             console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
         else:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
-    @contextmanager
-    def track(self, title: str, total: int | None, unit: str = "images") -> Iterator[Tracker]:
-        if not self._progress:
-            yield _Counter()
-            return
-        console = stderr_console()
-        with _progress(console, unit) as progress:
-            self._live = console
-            try:
-                yield _Bar(progress, progress.add_task(title, total=total, failed=""))
-            finally:
-                self._live = None
+    def track(self, title: str, total: int | None, unit: str = "images") -> _Bar | _Counter:
+        return _Bar(self, title, total, unit) if self._progress else _Counter()
 
 
 class _Counter:
     """Progress that nobody looks at."""
+
+    def __enter__(self) -> _Counter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
 
     def advance(self, count: int = 1) -> None:
         pass
@@ -117,10 +118,23 @@ class _Counter:
 
 
 class _Bar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+    """Progress on a terminal, shown while it is entered."""
+
+    def __init__(self, terminal: Terminal, title: str, total: int | None, unit: str) -> None:
+        self._terminal = terminal
+        self._console = stderr_console()
+        self._progress = _progress(self._console, unit)
+        self._task = self._progress.add_task(title, total=total, failed="")
         self._failed = 0
+
+    def __enter__(self) -> _Bar:
+        self._terminal.live = self._console
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+        self._terminal.live = None
 
     def advance(self, count: int = 1) -> None:
         self._progress.advance(self._task, count)
@@ -130,11 +144,15 @@ class _Bar:
         self._progress.update(self._task, advance=count, failed=f"{self._failed} failed")
 
 
+def _is_terminal(stream: Any) -> bool:
+    return stream is not None and bool(stream.isatty())  # a stream that the caller closed is None
+
+
 def stderr_console() -> Console:
-    """Return a rich console on stderr (it honours NO_COLOR)."""
+    """Return a rich console on stderr. With NO_COLOR it is plain: rich alone would still print bold and dim."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def _progress(console: Console, unit: str) -> Progress:
@@ -175,7 +193,7 @@ def _open_log(name: str) -> Any:
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: boxed for a person, tab-separated for a pipe."""
-    if not sys.stdout.isatty():
+    if not _is_terminal(sys.stdout):
         print_lines(["\t".join(printable(cell) for cell in row) for row in rows])
         return
     from rich.console import Console
@@ -187,4 +205,4 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    Console().print(table)
+    Console(color_system=None if os.environ.get("NO_COLOR") else "auto").print(table)

@@ -9,12 +9,13 @@ import typer
 
 from dbcap.cli.command import Session, plain
 from dbcap.cli.config import Json
+from dbcap.cli.help import App
 from dbcap.cli.output import print_json, print_table
 from dbcap.errors import FAILED
 from dbcap.plugins import loader
 from dbcap.plugins.loader import LoadReport
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="List plugins and find out what is wrong with them.")
+app = App()
 
 
 def _reports(deep: bool) -> list[LoadReport]:
@@ -28,11 +29,14 @@ def _print(reports: Sequence[LoadReport], as_json: bool) -> None:
     if as_json:
         print_json([{**asdict(r), "slow": r.slow} for r in reports])
         return
-    rows = [
-        (r.name, r.group, f"{r.distribution} {r.version}".strip(), r.status + (" (slow)" if r.slow else ""), r.error)
-        for r in reports
-    ]
+    rows = [(r.name, r.group, f"{r.distribution} {r.version}".strip(), _state(r), r.error) for r in reports]
     print_table("Plugins", ("name", "group", "package", "status", ""), rows)
+
+
+def _state(report: LoadReport) -> str:
+    if report.slow:
+        return f"{report.status} (slow)"
+    return report.status if report.status != "ok" or report.seconds else "not loaded"
 
 
 @app.command("list")

@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
-from dbcap.cli.command import Session, plain
+from dbcap.cli import complete
+from dbcap.cli.command import Session, mending, plain
 from dbcap.cli.config import Json, text_of
+from dbcap.cli.help import App
 from dbcap.cli.output import print_json, print_lines, print_table
 from dbcap.config import profiles, store
 from dbcap.config.layers import normal_key
 from dbcap.config.resolve import active_profile
 from dbcap.errors import UsageError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Keep named sets of settings.")
+app = App()
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the profile.", show_default=False)]
+_NAME = typer.Argument(metavar="NAME", help="Name of the profile.", show_default=False, autocompletion=complete.profile)
+Name = Annotated[str, _NAME]
 
 
 @app.command("list")
@@ -56,11 +59,17 @@ def create(
     session: Session,
     name: Name,
     values: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Its settings.", show_default=False)
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Its settings.", show_default=False)
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--from", metavar="NAME", help="Begin with the settings of this profile.", show_default=False),
+        typer.Option(
+            "--from",
+            metavar="NAME",
+            help="Begin with the settings of this profile.",
+            show_default=False,
+            autocompletion=complete.profile,
+        ),
     ] = None,
 ) -> None:
     """Write a new profile."""
@@ -75,10 +84,10 @@ def create(
 
 
 @app.command()
-@plain
+@mending
 def use(
     session: Session,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Name of the profile.", show_default=False)] = None,
+    name: Annotated[str | None, _NAME] = None,
     none: Annotated[bool, typer.Option("--none", help="Make no profile active.", show_default=False)] = False,
 ) -> None:
     """Make a profile active for every command that names none."""
@@ -89,7 +98,7 @@ def use(
 
 
 @app.command()
-@plain
+@mending
 def delete(session: Session, name: Name) -> None:
     """Delete a profile."""
     store.delete_profile(name)

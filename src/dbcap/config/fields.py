@@ -31,16 +31,16 @@ class Cli:
 
 
 def option(
-    default: Any, help: str, *flags: str, group: str = "Options", unset: str = "", metavar: str = "", **bounds: Any
-) -> Any:  # noqa: A002
-    """Declare a field that is an option. `flags` are added to the one derived from its name."""
+    default: Any, text: str, *flags: str, group: str = "Options", unset: str = "", metavar: str = "", **bounds: Any
+) -> Any:
+    """Declare a field that is an option; help shows `text`. `flags` are added to the one derived from its name."""
     cli = Cli(flags=flags, group=group, unset=unset, metavar=metavar)
-    return Field(default, description=help, json_schema_extra={"cli": cli}, **bounds)  # type: ignore[dict-item]
+    return Field(default, description=text, json_schema_extra={"cli": cli}, **bounds)  # type: ignore[dict-item]
 
 
-def argument(metavar: str, help: str, default: Any = ...) -> Any:  # noqa: A002
+def argument(metavar: str, text: str) -> Any:
     """Declare a field that is given by position, on the command line only."""
-    return Field(default, description=help, json_schema_extra={"cli": Cli(metavar=metavar, argument=True)})  # type: ignore[dict-item]
+    return Field(..., description=text, json_schema_extra={"cli": Cli(metavar=metavar, argument=True)})  # type: ignore[dict-item]
 
 
 def cli_of(field: FieldInfo) -> Cli:
@@ -94,9 +94,9 @@ def metavar_of(field: FieldInfo) -> str:
     if own := cli_of(field).metavar:
         return own
     kinds = [m for m in members(field.annotation) if get_origin(m) is not Literal]
-    return (
-        "|".join([*choices(field), *({int: "N", float: "X"}.get(kind, "TEXT") for kind in kinds)]) if kinds else "WORD"
-    )
+    if not kinds:
+        return "WORD"
+    return "|".join([*choices(field), *({int: "N", float: "X"}.get(kind, "TEXT") for kind in kinds)])
 
 
 def allowed(field: FieldInfo) -> str:

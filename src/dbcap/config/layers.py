@@ -5,7 +5,9 @@ Checking place by place is what lets an error name the file, the key and the all
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from dbcap.config.fields import PREFIX, allowed, choices, cli_of, is_list, variable_of
+from dbcap.config.fields import PREFIX, allowed, choices, cli_of, is_list, is_switch, variable_of
 from dbcap.config.models import SECTIONS, CommonConfig
 from dbcap.errors import ConfigError, did_you_mean
 
@@ -49,13 +51,23 @@ def checked(key: str, raw: Any, where: str) -> Any:
     if is_list(field) and isinstance(raw, str):
         raw = _as_list(raw)
     try:
-        kind = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-        return TypeAdapter(kind).validate_python(raw)
-    except ValidationError:
+        return _converted(field, raw)
+    except ValueError:
         near = did_you_mean(str(raw), choices(field))
         name = "" if where.startswith("--") else f"{key} = "
         shown = json.dumps(raw, ensure_ascii=False, default=str) if not isinstance(raw, str) else repr(raw)
         raise ConfigError(f"{where}: {name}{shown} is not allowed: it must be {allowed(field)}", near) from None
+
+
+def _converted(field: FieldInfo, raw: Any) -> Any:
+    """Return `raw` in the field's type. Raises ValueError (pydantic's is one) where it does not fit."""
+    if isinstance(raw, bool) and not is_switch(field):  # pydantic would take `true` for 1
+        raise ValueError("on or off")
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    value = TypeAdapter(kind).validate_python(raw)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("not finite")
+    return value
 
 
 def field_of(key: str, where: str) -> FieldInfo:
@@ -68,12 +80,30 @@ def field_of(key: str, where: str) -> FieldInfo:
             f"{where}: there is no key profile",
             "a profile is chosen by --profile, DBCAP_PROFILE or `dbcap profile use`",
         )
-    section, _, name = key.rpartition(".")
-    siblings = [k for k in fields if k.rpartition(".")[0] == section]
-    if near := did_you_mean(key, fields) or did_you_mean(name, [k.rpartition(".")[2] for k in siblings]):
-        raise ConfigError(f"{where}: there is no key {key}", near)
-    places = siblings or [*CommonConfig.model_fields, *(f"{s}.*" for s in SECTIONS)]
+    if key in SECTIONS:
+        raise ConfigError(f"{where}: {key} is a table, not a key", f"name one of its keys, as in {_keys_of(key)[0]}")
+    if near := nearest_key(key):
+        raise ConfigError(f"{where}: there is no key {key}", f"did you mean {near}?")
+    section = key.rpartition(".")[0]
+    places = [known.rpartition(".")[2] for known in _keys_of(section)] if section in SECTIONS else []
+    places = places or [*CommonConfig.model_fields, *(f"{name}.*" for name in SECTIONS)]
     raise ConfigError(f"{where}: there is no key {key}", "the keys here are " + ", ".join(places))
+
+
+def _keys_of(section: str) -> list[str]:
+    return [key for key in known_fields() if key.rpartition(".")[0] == section]
+
+
+def nearest_key(key: str) -> str:
+    """Return the key that was probably meant: one of the same table, else of a table named nearly so, else of any."""
+    section, _, name = key.rpartition(".")
+    leaves = {known.rpartition(".")[2]: known for known in reversed(known_fields())}
+    own = {known.rpartition(".")[2]: known for known in _keys_of(section)}
+    whole = {} if own else dict.fromkeys(known_fields())
+    for word, pool in ((name, own), (key, {k: k for k in whole}), (name, leaves)):
+        if near := difflib.get_close_matches(word, pool, n=1):
+            return pool[near[0]]
+    return ""
 
 
 def _as_list(text: str) -> list[Any]:
@@ -112,6 +142,8 @@ def _store() -> type[BaseSettings]:
 def _flat(values: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if key in SECTIONS:
+            if value is None:  # YAML's `caption:` with nothing below
+                continue
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: {key} is a table, not a value", f"write [{key}] above its keys")
             yield from ((f"{key}.{name}", item) for name, item in value.items())
@@ -132,15 +164,30 @@ def from_environment() -> Layer:
 
 
 def _refuse_misspelt_variables() -> None:
-    """A section's variables are checked by the source; a top-level one that is nearly a known one is a slip too."""
-    known = {*RESERVED_VARIABLES, *(variable_of(key) for key in known_fields())}
+    """Refuse what was plainly meant for us. Other `DBCAP_` variables may belong to a plugin."""
+    known = {*RESERVED_VARIABLES, *map(variable_of, known_fields())}
     for name in os.environ:
-        if not name.startswith(PREFIX) or name in known:
-            continue
-        section, nested, _ = name.removeprefix(PREFIX).partition("__")
-        near = did_you_mean(name, known)
-        if near or (nested and section.lower() in SECTIONS):
-            raise ConfigError(f"environment: there is no variable {name}", near or "see docs/config.md for the names")
+        if name.startswith(PREFIX) and name not in known:
+            near = _nearest_variable(name)
+            if near is not None:
+                hint = f"did you mean {near}?" if near else "docs/config.md lists the names"
+                raise ConfigError(f"environment: there is no variable {name}", hint)
+
+
+def _nearest_variable(name: str) -> str | None:
+    """Return the variable that was meant, an empty string for an unknown one of our tables, None for a foreign one."""
+    section, nested, leaf = name.removeprefix(PREFIX).lower().partition("__")
+    if nested:
+        near = nearest_key(f"{section}.{leaf}")
+        ours = section in SECTIONS or did_you_mean(section, SECTIONS)
+        return (near and variable_of(near)) if ours else None
+    if section in SECTIONS:
+        return ""
+    top = {other.removeprefix(PREFIX).lower(): other for other in RESERVED_VARIABLES}
+    top |= {key: variable_of(key) for key in CommonConfig.model_fields}
+    if near_top := difflib.get_close_matches(section, top, n=1):
+        return top[near_top[0]]
+    return next((variable_of(key) for key in known_fields() if key.rpartition(".")[2] == section), None)
 
 
 def from_file(path: Path, origin: str, skip: tuple[str, ...] = ()) -> Layer:
@@ -162,7 +209,9 @@ def read_file(path: Path) -> Mapping[str, Any]:
         if path.suffix.lower() in (".yaml", ".yml"):
             return YamlConfigSettingsSource(_store(), yaml_file=path).yaml_data
         return TomlConfigSettingsSource(_store(), toml_file=path).toml_data
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid: {' '.join(str(error).split())}") from error
+    except (TypeError, ValueError, AttributeError) as error:  # YAML that is a list, a word, or has numbers for keys
+        raise ConfigError(f"{path} is not valid: it must hold keys and tables") from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""The settings of every command. Option, environment variable, TOML key and documentation are derived from these fields."""
+"""The settings of every command. Option, environment variable, TOML key and docs are derived from these fields."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class CaptionConfig(ComputeConfig):
     """`dbcap caption`."""
 
     inputs: tuple[str, ...] = argument(
-        "INPUT...", "Images, folders, globs, http(s) URLs, @LIST for a file that lists them, - for a list on stdin."
+        "INPUT", "Images, folders, globs, http(s) URLs, @LIST for a file that lists them, - for a list on stdin."
     )
     recursive: bool = option(False, "Go into the folders of folders.", "-r", group=READING)
     null: bool = option(False, "Lists are separated by NUL instead of newline.", "-0", group=READING)

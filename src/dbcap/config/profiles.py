@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dbcap.config.layers import Layer, checked, from_file
-from dbcap.config.paths import profiles_dir
+from dbcap.config.paths import config_file, profiles_dir
 from dbcap.errors import ConfigError, UsageError, did_you_mean
 
 BUILTIN: Mapping[str, Mapping[str, Any]] = {
@@ -16,9 +16,13 @@ BUILTIN: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+def _is_name(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None
+
+
 def profile_path(name: str) -> Path:
     """Return where the user's profile of that name is kept. Raises UsageError for a name that is no file name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not _is_name(name):
         raise UsageError(f"{name!r} is no profile name", "use letters, digits, dot, dash and underscore")
     return profiles_dir() / f"{name}.toml"
 
@@ -27,7 +31,7 @@ def names() -> list[str]:
     """Return the names of all profiles: those that come with dbcap, then the user's."""
     folder = profiles_dir()
     own = sorted(p.stem for p in folder.glob("*.toml")) if folder.is_dir() else []
-    return [*BUILTIN, *(name for name in own if name not in BUILTIN)]
+    return [*BUILTIN, *(name for name in own if name not in BUILTIN and _is_name(name))]
 
 
 def load(name: str, role: str) -> Layer:
@@ -37,6 +41,11 @@ def load(name: str, role: str) -> Layer:
         return Layer(origin, {key: checked(key, value, origin) for key, value in BUILTIN[name].items()})
     path = profile_path(name)
     if not path.is_file():
+        if role == "active":
+            raise ConfigError(
+                f"there is no profile {name}, which {config_file()} makes active",
+                "`dbcap profile use --none` makes none active",
+            )
         near = did_you_mean(name, names())
         raise ConfigError(f"there is no profile {name}", near or f"the profiles are {', '.join(names())}")
     return from_file(path, origin)

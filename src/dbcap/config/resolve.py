@@ -41,7 +41,6 @@ class Settings:
 
     values: Mapping[str, Any]
     origins: Mapping[str, str]
-    profile: str = ""  # the profile in force that ranks highest
 
     def section(self, model: type[M], **arguments: Any) -> M:
         """Build the frozen model of a command. Raises ConfigError when its values exclude each other."""
@@ -64,17 +63,16 @@ class Settings:
         return ", ".join(places)
 
 
-def resolve(given: Given) -> Settings:
-    """Read all places and let the strongest win, key by key."""
-    layers = _layers(given)
+def resolve(given: Given, *, files: bool = True) -> Settings:
+    """Read all places, or without `files` only command line and environment, and let the strongest win, key by key."""
+    layers = [_command_line(given), from_environment(), *(_files(given) if files else ())]
     values = {key: f.default for key, f in known_fields().items()}
     origins = dict.fromkeys(values, DEFAULT)
     for layer in reversed(layers):
         for key, value in layer.values.items():
             values[key] = value
             origins[key] = f"environment {variable_of(key)}" if layer.origin == "environment" else layer.origin
-    named = given.profile or os.environ.get("DBCAP_PROFILE", "")
-    return Settings(values, origins, named or active_profile())
+    return Settings(values, origins)
 
 
 def active_profile() -> str:
@@ -88,9 +86,9 @@ def active_profile() -> str:
     return name
 
 
-def _layers(given: Given) -> list[Layer]:
-    """Return the places, strongest first."""
-    layers = [_command_line(given), from_environment()]
+def _files(given: Given) -> list[Layer]:
+    """Return the places that are files, strongest first."""
+    layers = []
     if given.config is not None:
         layers.append(from_file(Path(given.config), f"--config {given.config}"))
     if named := given.profile or os.environ.get("DBCAP_PROFILE", ""):
@@ -105,7 +103,7 @@ def _layers(given: Given) -> list[Layer]:
 
 
 def _command_line(given: Given) -> Layer:
-    values = {key: checked(key, raw, flag_of(key.rpartition(".")[2])) for key, raw in given.options.items()}
+    values: dict[str, Any] = {}
     for text in given.assignments:
         key, equals, raw = text.partition("=")
         if not equals:
@@ -113,5 +111,7 @@ def _command_line(given: Given) -> Layer:
         key = normal_key(key)
         own = f"{given.section}.{key}"
         key = own if own in known_fields() else key
-        values.setdefault(key, checked(key, raw, f"--set {text}"))
+        values[key] = checked(key, raw, f"--set {text}")
+    for key, raw in given.options.items():
+        values[key] = checked(key, raw, flag_of(key.rpartition(".")[2]))
     return Layer(COMMAND_LINE, values)

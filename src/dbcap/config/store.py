@@ -21,37 +21,38 @@ def set_value(path: Path, key: str, raw: str) -> Any:
     """Write `key` to a TOML file after checking the value, which is returned."""
     value = checked(key, raw, "config set")
     document = _read(path)
-    _table(document, key)[key.rpartition(".")[2]] = list(value) if isinstance(value, tuple) else value
+    _put(document, key, value, path)
     _write(path, document)
     return value
 
 
 def unset_value(path: Path, key: str) -> bool:
     """Take `key` out of a TOML file. Returns whether it stood there."""
-    if key != PROFILE_KEY:
-        field_of(key, "config unset")
     document = _read(path)
     section, _, name = key.rpartition(".")
-    table = document.get(section) if section else document
-    if table is None or name not in table:
-        return False
-    del table[name]
-    _write(path, document)
-    return True
+    table: Any = document.get(section) if section else document
+    if isinstance(table, Mapping) and name in table:  # a key that dbcap does not know can be taken out too
+        del table[name]  # type: ignore[attr-defined]
+        _write(path, document)
+        return True
+    if key != PROFILE_KEY:
+        field_of(key, "config unset")
+    return False
 
 
-def _table(document: tomlkit.TOMLDocument, key: str) -> Any:
-    section = key.rpartition(".")[0]
-    if not section:
-        return document
-    if section not in document:
+def _put(document: tomlkit.TOMLDocument, key: str, value: Any, path: Path) -> None:
+    section, _, name = key.rpartition(".")
+    if section and section not in document:
         document[section] = tomlkit.table()
-    return document[section]
+    table: Any = document[section] if section else document
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{path}: {section} is a table, not a value", "mend it with `dbcap config edit`")
+    table[name] = list(value) if isinstance(value, tuple) else value  # type: ignore[index]
 
 
 def _read(path: Path) -> tomlkit.TOMLDocument:
     try:
-        return tomlkit.parse(path.read_text("utf-8")) if path.exists() else tomlkit.document()
+        return tomlkit.parse(path.read_bytes().decode()) if path.exists() else tomlkit.document()  # keeps CRLF
     except (TOMLKitError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid: {error}", "mend it with `dbcap config edit`") from error
     except OSError as error:
@@ -67,12 +68,12 @@ def _write(path: Path, document: tomlkit.TOMLDocument) -> None:
 
 def use_profile(name: str | None) -> None:
     """Make a profile active for every command that names none; `None` makes none active."""
-    document = _read(config_file())
     if name is None:
-        document.pop(PROFILE_KEY, None)
-    else:
-        profiles.load(name, "active")
-        document[PROFILE_KEY] = name
+        unset_value(config_file(), PROFILE_KEY)
+        return
+    profiles.load(name, "named")
+    document = _read(config_file())
+    document[PROFILE_KEY] = name
     _write(config_file(), document)
 
 
@@ -80,15 +81,13 @@ def create_profile(name: str, values: Mapping[str, str], base: str | None = None
     """Write a new profile, beginning with the values of `base`. Raises UsageError when the name is taken."""
     path = profiles.profile_path(name)
     if name in profiles.names():
-        raise UsageError(
-            f"there is a profile {name} already", f"change it with `dbcap profile show {name}`, or delete it"
-        )
+        hint = f"change {path}, or " if path.is_file() else ""
+        raise UsageError(f"there is a profile {name} already", f"{hint}choose another name")
     document = tomlkit.document()
     document.add(tomlkit.comment(f"Settings of the profile {name}: dbcap ... --profile {name}"))
     start = dict(profiles.load(base, "named").values) if base else {}
     for key, raw in {**start, **values}.items():
-        value = checked(key, raw, "profile create")
-        _table(document, key)[key.rpartition(".")[2]] = list(value) if isinstance(value, tuple) else value
+        _put(document, key, checked(key, raw, "profile create"), path)
     _write(path, document)
     return path
 
