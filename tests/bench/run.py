@@ -1,0 +1,42 @@
+"""`make bench`: measure, print tables, write bench-results/NAME.json. Names on the command line choose what is measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import memory
+import startup
+
+from dbcap.models import cpu
+
+BENCHES: dict[str, Callable[[], dict[str, Any]]] = {"startup": startup.measure, "memory": memory.measure}
+RESULTS = Path(__file__).parents[2] / "bench-results"
+
+
+def main() -> int:
+    """Run the chosen benchmarks. Returns 1 when a bar is missed."""
+    names = sys.argv[1:] or list(BENCHES)
+    machine = {"cpu": cpu.cpu_name(), "class": cpu.cpu_class(), "cores": cpu.cores(), "date": time.strftime("%Y-%m-%d")}
+    print(f"{machine['cpu']} ({machine['class']}), {machine['cores']} cores, {machine['date']}")
+    RESULTS.mkdir(exist_ok=True)
+    missed = False
+    for name in names:
+        result = BENCHES[name]()
+        (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, **result}, indent=2) + "\n")
+        print(f"\n{name}")
+        for row in result["rows"]:
+            within = row["ratio"] <= row["bar"]
+            missed = missed or not within
+            print(f"  {row['what']:<52} {row['value']:>10}  ratio {row['ratio']:.2f}, bar {row['bar']:.2f}{'' if within else '  MISSED'}")
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
