@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,10 +88,8 @@ def test_first_use_fetches_only_what_is_read_and_converts(served, heard, publish
     assert model.revision == served.commit(NAME)
     assert sorted(file.name for file in model.files) == READ
     assert sum(file.size for file in model.files) == size
-    assert (
-        dict((file.name, file.sha256) for file in model.files)["pytorch_model.bin"]
-        == served.hashes(published_model / "pytorch_model.bin")[1]
-    )
+    stated = {file.name: file.sha256 for file in model.files}
+    assert stated["pytorch_model.bin"] == served.hashes(published_model / "pytorch_model.bin")[1]
     old = torch.load(published_model / "pytorch_model.bin", weights_only=True)
     new = load_file(model.folder / "model.safetensors")
     assert all(torch.equal(new[name], old[name]) for name in new)
@@ -384,6 +383,26 @@ def test_a_file_that_arrives_damaged_is_not_kept(served, heard):
     served.requests.clear()
     get(heard=heard)
     assert fetched(served) == ["pytorch_model.bin"]
+
+
+def test_progress_of_xet(heard):
+    """Loopback has no Xet; its reporter, which drives the same bar, is run by hand."""
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    with heard.track("Downloading", 100, "bytes") as track:
+        bar = remote.bar_class(track)
+        with XetDownloadProgressReporter(reconstruction_desc="x", total=100, log_level=30, tqdm_class=bar) as reporter:
+            for content, wire in ((0, 40), (60, 50), (100, 70)):
+                reporter.update_progress(
+                    SimpleNamespace(
+                        total_bytes=100,
+                        total_bytes_completed=content,
+                        total_transfer_bytes_completed=wire,
+                        total_bytes_completion_rate=1.0,
+                        total_transfer_bytes_completion_rate=None,
+                    )
+                )
+    assert track.done == bar.told == 100
 
 
 PULL = """

@@ -57,23 +57,15 @@ def test_a_path_that_does_not_exist(text):
 def test_a_file_is_no_model(text):
     Path("sub").mkdir()
     Path(text).touch()
-    with pytest.raises(UsageError, match="is a file.*ORG/NAME@REVISION"):
+    with pytest.raises(UsageError, match=r"is a file.*ORG/NAME@REVISION"):
         parse(text)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", " starter", "run:x", "run:a/b", "a/b/c", "org/name@", "org/name@a..b", "org/name@-x", "a--b/c"]
-    + [
-        "org/name.git",
-        "-x",
-        "name@main",
-        "a b/c",
-        "org/na\0me",
-        "org/.name",
-        "o" * 60 + "/" + "n" * 60,
-        "org/name@a//b",
-    ],
+    "| |"
+    " starter|run:x|run:a/b|a/b/c|org/name@|org/name@a..b|org/name@-x|a--b/c|org/name.git|-x|name@main|a b/c|"
+    f"org/na\0me|org/.name|{'o' * 60}/{'n' * 60}|org/name@a//b".split("|"),
 )
 def test_what_fits_no_form(text):
     with pytest.raises(UsageError, match="ORG/NAME") as failure:
@@ -82,7 +74,7 @@ def test_what_fits_no_form(text):
 
 
 def test_an_address_of_the_hub_is_told_how_to_write_it():
-    with pytest.raises(UsageError, match="write org/name$"):
+    with pytest.raises(UsageError, match=r"write org/name$"):
         parse("https://huggingface.co/org/name/tree/main")
 
 

@@ -68,6 +68,7 @@ def test_the_published_layout(published, tmp_path, heard):
     for name, tensor in new.items():
         assert tensor.dtype == old[name].dtype
         assert torch.equal(tensor, old[name])
+    assert len({path.stat().st_mode for path in converted.iterdir()}) == 1
     assert metadata(converted) == {"format": "pt", "decoder.lm_head.weight": "decoder.transformer.wte.weight"}
     for name in ("config.json", "vocab.json"):
         assert (converted / name).read_bytes() == (published / name).read_bytes()
@@ -263,7 +264,7 @@ def test_a_damaged_file(content, bare, tmp_path, heard):
 
 @pytest.mark.parametrize("payload", [[torch.ones(1)], {"a": {"b": torch.ones(1)}}, {1: torch.ones(1)}, {"step": 3}])
 def test_a_file_of_something_else(payload, bare, tmp_path, heard):
-    with pytest.raises(ModelError, match="holds no weights|no tensor"):
+    with pytest.raises(ModelError, match=r"holds no weights|no tensor"):
         run(bare(payload), tmp_path, heard)
 
 
@@ -280,7 +281,7 @@ def test_allow_pickle_false_refuses_even_what_is_converted(published, tmp_path, 
 
 def test_a_cache_that_cannot_be_written(published, tmp_path, heard):
     (tmp_path / "cache").write_text("in the way")
-    with pytest.raises(ModelError, match="cannot convert weights.*DBCAP_HOME"):
+    with pytest.raises(ModelError, match=r"cannot convert weights.*DBCAP_HOME"):
         run(published, tmp_path, heard)
 
 

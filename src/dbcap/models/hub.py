@@ -170,8 +170,7 @@ def _from_hub(spec: ModelSpec, offline: bool, allow_pickle: bool, events: Events
         raise
     choice = choose(found.files, spec.text)
     refuse_pickle(choice, spec.text, allow_pickle)
-    files = [found.files[name] for name in choice.names]
-    return remote.fetch(spec.repo, spec.revision, found.commit, files, events, spec.text), found.commit
+    return remote.fetch(spec.repo, spec.revision, found, choice.names, events, spec.text), found.commit
 
 
 def _cached(spec: ModelSpec) -> tuple[Path, str] | None:
@@ -186,12 +185,9 @@ def _cached(spec: ModelSpec) -> tuple[Path, str] | None:
 def _whole(folder: Path) -> bool:
     """Return whether a snapshot has all that a captioner needs; other programs may have fetched a part only."""
     try:
-        names = choose_in(folder, str(folder)).names
+        return choose_in(folder, str(folder)).complete
     except ModelError:
         return False
-    return any("processor_config" in name for name in names) and any(
-        name in names for name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-    )
 
 
 def _absent(spec: ModelSpec, message: str) -> ModelError:

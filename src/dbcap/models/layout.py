@@ -60,6 +60,12 @@ class Choice:
         return self.small + self.weights
 
     @property
+    def complete(self) -> bool:
+        """Whether a processor's configuration and a vocabulary are among them; no loader of ours does without."""
+        vocabulary = {_TOKENIZER, *_VOCABULARIES} - {"merges.txt"}
+        return not vocabulary.isdisjoint(self.small) and any("processor_config" in name for name in self.small)
+
+    @property
     def index(self) -> str:
         """The index of sharded weights, or an empty string."""
         return self.weights[0] if self.weights[0].endswith(".index.json") else ""

@@ -66,6 +66,8 @@ class RemoteModel:
     commit: str
     files: Mapping[str, ModelFile]
     licence: str
+    blobs: Mapping[str, str] = field(repr=False)
+    """What the cache calls the content of a file, as far as the hub tells."""
     config: Mapping[str, Any] | None = field(repr=False)
     """A part of `config.json`, `model_type` among it; None where the hub does not tell."""
 
@@ -140,8 +142,10 @@ def ask(repo: str, revision: str, *, timeout: float, events: Events) -> RemoteMo
         )
         for entry in info.siblings or ()
     }
+    blobs = {entry.rfilename: (entry.lfs.sha256 if entry.lfs else entry.blob_id) or "" for entry in info.siblings or ()}
     licence = info.card_data.get("license") if info.card_data else None
-    return RemoteModel(info.sha, files, ", ".join(licence) if isinstance(licence, list) else licence or "", info.config)
+    spelt = ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence or "")
+    return RemoteModel(info.sha, files, spelt, blobs, info.config)
 
 
 def sized(repo: str, commit: str, files: Sequence[ModelFile], events: Events) -> tuple[ModelFile, ...]:
@@ -158,44 +162,66 @@ def sized(repo: str, commit: str, files: Sequence[ModelFile], events: Events) ->
 # ---- fetching
 
 
-def fetch(repo: str, revision: str, commit: str, files: Collection[ModelFile], events: Events, title: str) -> Path:
-    """Bring those of `files` that are missing into the cache, in the given order, and return the snapshot's folder.
+def fetch(repo: str, revision: str, found: RemoteModel, names: Collection[str], events: Events, title: str) -> Path:
+    """Bring those of the files `names` that are missing into the cache, in this order; return the snapshot's folder.
 
     Says first what will be fetched, and waits while another dbcap fetches from the same repository.
     """
-    folder = snapshot_folder(repo, commit)
-    if any(not (folder / file.name).is_file() for file in files):
+    folder = snapshot_folder(repo, found.commit)
+    if any(not (folder / name).is_file() for name in names):
         locks = cache_folder() / ".locks" / _repo_folder(repo).name
         message = f"another dbcap is fetching {repo}: waiting for it"
         with _writing(repo), waiting_lock(locks / "dbcap.lock", events, message):
             _remove_leftovers(repo, locks)
-            missing = [file for file in files if not (folder / file.name).is_file()]
-            if missing:
-                _fetch(repo, commit, sized(repo, commit, missing, events), events, title)
-    if revision != commit and cached_commit(repo, revision) != commit:
+            _fetch(repo, found, [name for name in names if not (folder / name).is_file()], events, title)
+    if revision != found.commit and cached_commit(repo, revision) != found.commit:
         with contextlib.suppress(OSError):  # a cache that is shared and read-only still serves
-            write_atomic(_repo_folder(repo) / "refs" / revision, commit.encode())
+            write_atomic(_repo_folder(repo) / "refs" / revision, found.commit.encode())
     return folder
 
 
-def _fetch(repo: str, commit: str, missing: Sequence[ModelFile], events: Events, title: str) -> None:
-    total = sum(file.size for file in missing)
-    events.say(f"downloading {title} ({len(missing)} file{'s' * (len(missing) > 1)}, {in_units(total)})")
-    free = shutil.disk_usage(cache_folder()).free
-    if free < total:
-        raise ModelError(
-            f"{title} needs {in_units(total)}, and {cache_folder()} has {in_units(free)} left",
-            "make room, or choose another place with HF_HOME",
-        )
-    with events.track(f"Downloading {title}", total, unit="bytes") as tracker:
-        for file in missing:
-            _fetch_file(repo, commit, file, events, tracker)
+def _fetch(repo: str, found: RemoteModel, missing: Sequence[str], events: Events, title: str) -> None:
+    blobs = _repo_folder(repo) / "blobs"
+    known = {name for name in missing if found.blobs.get(name) and (blobs / found.blobs[name]).is_file()}
+    files = sized(repo, found.commit, [found.files[name] for name in missing if name not in known], events)
+    if files:
+        total = sum(file.size for file in files)
+        events.say(f"downloading {title} ({len(files)} file{'s' * (len(files) > 1)}, {in_units(total)})")
+        cache = cache_folder()
+        free = shutil.disk_usage(cache).free
+        if free < total:
+            raise ModelError(
+                f"{title} needs {in_units(total)}, and {cache} has {in_units(free)} left",
+                "make room, or choose another place with HF_HOME",
+            )
+        with events.track(f"Downloading {title}", total, unit="bytes") as tracker:
+            for file in files:
+                _fetch_file(repo, found.commit, file, events, tracker)
+    for name in known:  # another revision has the same file: this makes a link
+        _download(repo, found.commit, name, silent_tqdm, events)
 
 
 def _fetch_file(repo: str, commit: str, file: ModelFile, events: Events, tracker: Tracker) -> None:
-    class Bar:
-        """Stands where huggingface_hub wants a tqdm. Started over or resumed, it never counts a byte twice."""
+    bar = bar_class(tracker)
+    path = _download(repo, commit, file.name, bar, events)
+    if file.size > bar.told:
+        tracker.advance(file.size - bar.told)
+    blob = path.resolve()
+    if blob.stat().st_size != file.size or (file.sha256 and sha256_of(blob) != file.sha256):
+        path.unlink()
+        blob.unlink(missing_ok=True)
+        raise ModelError(
+            f"{file.name} of {repo} arrived damaged (it is not what the hub says it is)", "run the command again"
+        )
 
+
+def bar_class(tracker: Tracker) -> Any:
+    """Return what stands where huggingface_hub wants a class like tqdm; it feeds `tracker` with one file's bytes.
+
+    Started over or resumed, it never counts a byte twice. `told` is how many the tracker knows of.
+    """
+
+    class Bar:
         done = 0
         told = 0
 
@@ -214,28 +240,12 @@ def _fetch_file(repo: str, commit: str, file: ModelFile, events: Events, tracker
                 tracker.advance(Bar.done - Bar.told)
                 Bar.told = Bar.done
 
-        def update_transfer(self, count: float) -> None:
-            """Bytes on the wire, of which Xet has fewer than of content: not shown."""
+        def ignore(self, *_: object, **__: object) -> None:
+            """Say nothing of speeds, nor of bytes on the wire, of which Xet has fewer than of content."""
 
-        def set_postfix_str(self, *_: object, **__: object) -> None:
-            pass
+        update_transfer = set_transfer_postfix_str = set_postfix_str = refresh = close = ignore
 
-        def refresh(self, *_: object, **__: object) -> None:
-            pass
-
-        def close(self) -> None:
-            pass
-
-    path = _download(repo, commit, file.name, Bar, events)
-    if file.size > Bar.told:
-        tracker.advance(file.size - Bar.told)
-    blob = path.resolve()
-    if blob.stat().st_size != file.size or (file.sha256 and sha256_of(blob) != file.sha256):
-        path.unlink()
-        blob.unlink(missing_ok=True)
-        raise ModelError(
-            f"{file.name} of {repo} arrived damaged (it is not what the hub says it is)", "run the command again"
-        )
+    return Bar
 
 
 def small_file(repo: str, commit: str, name: str, events: Events) -> Path:

@@ -11,7 +11,6 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
 import warnings
 import zipfile
 from collections import defaultdict
@@ -26,7 +25,7 @@ from dbcap.errors import ModelError
 from dbcap.events import Events
 from dbcap.files import in_units, sync_folder
 from dbcap.models.hashing import fingerprint
-from dbcap.models.layout import Choice, choose_in, read_config, refuse_pickle
+from dbcap.models.layout import CONFIG, Choice, choose_in, read_config, refuse_pickle
 from dbcap.models.waiting import waiting_lock
 
 State = dict[str, torch.Tensor]
@@ -77,27 +76,22 @@ def _convert(folder: Path, choice: Choice, target: Path, events: Events) -> None
     state: State = {}
     for file in files:
         state.update(_read(file))
-    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name[:16]}.", suffix=".tmp", dir=target.parent))
+    temporary = target.parent / f"{target.name[:16]}.tmp"  # ours alone: we hold the lock
+    temporary.mkdir()
     try:
         ready, aliases = _storable(state, read_config(folder) or {})
         save_file(ready, temporary / "model.safetensors", metadata={"format": "pt", **aliases})
         for name in choice.small:
             shutil.copyfile(folder / name, temporary / name)
+        shutil.copymode(temporary / CONFIG, temporary / "model.safetensors")  # it was made for its owner only
         for path in temporary.iterdir():
             with path.open("rb") as written:
                 os.fsync(written.fileno())
-        temporary.chmod(0o777 & ~_umask())
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _read(file: Path) -> State:
