@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "DBCAP_PLUGINS": "none", "TERM": "dumb"}
 
 import typer
 from typer.testing import CliRunner
@@ -19,21 +16,26 @@ from dbcap.config.layers import known_fields
 
 DOCS = Path(__file__).parent
 NOTE = "<!-- made by `make docs`; do not edit -->\n\n"
+ENVIRONMENT = {"COLUMNS": "80", "NO_COLOR": "1", "DBCAP_PLUGINS": "none"}
 
 
 def help_of(*words: str) -> str:
     """Return what `dbcap WORDS --help` prints."""
-    result = CliRunner().invoke(app, [*words, "--help"], prog_name="dbcap")
+    result = CliRunner(env=ENVIRONMENT).invoke(app, [*words, "--help"], prog_name="dbcap")
     if result.exit_code:
         raise SystemExit(f"dbcap {' '.join(words)} --help ends with {result.exit_code}: {result.output}")
     return "\n".join(line.rstrip() for line in result.output.strip("\n").splitlines())
 
 
+def ways(name: str) -> dict[tuple[str, ...], Any]:
+    """Return a command and its sub-commands: the words that are typed -> typer's command."""
+    command: Any = typer.main.get_command(import_module(COMMANDS[name].module).app)
+    return {(name,): command, **{(name, sub): found for sub, found in getattr(command, "commands", {}).items()}}
+
+
 def command_page(name: str) -> str:
     """Return the page of one command, its sub-commands included."""
-    group: Any = typer.main.get_command(import_module(COMMANDS[name].module).app)
-    ways = [(name,), *((name, sub) for sub in getattr(group, "commands", {}))]
-    parts = [f"## dbcap {' '.join(way)}\n\n```text\n{help_of(*way)}\n```\n" for way in ways]
+    parts = [f"## dbcap {' '.join(way)}\n\n```text\n{help_of(*way)}\n```\n" for way in ways(name)]
     return f"{NOTE}# dbcap {name}\n\n{COMMANDS[name].help}\n\n" + "\n".join(parts)
 
 
@@ -68,23 +70,32 @@ def config_page() -> str:
     return head + "".join(rows) + other
 
 
+def pages() -> dict[Path, str]:
+    """Return every page that is made here, with its text."""
+    return {
+        **{DOCS / "commands" / f"{name}.md": command_page(name) for name in COMMANDS},
+        DOCS / "config.md": config_page(),
+    }
+
+
+def stale(wanted: dict[Path, str]) -> list[Path]:
+    """Return the pages that say something else, are missing, or belong to no command."""
+    changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]
+    return changed + sorted(path for path in (DOCS / "commands").glob("*.md") if path not in wanted)
+
+
 def main() -> int:
-    """Write the pages, or with --check compare them. Returns the exit code."""
-    pages = {DOCS / "commands" / f"{name}.md": command_page(name) for name in COMMANDS}
-    pages[DOCS / "config.md"] = config_page()
-    stale = [path for path, text in pages.items() if not path.is_file() or path.read_text("utf-8") != text]
-    stale += [path for path in (DOCS / "commands").glob("*.md") if path not in pages]
-    if "--check" in sys.argv:
-        for path in stale:
+    """Write the pages, or with --check name those that are out of date. Returns the exit code."""
+    wanted = pages()
+    for path in stale(wanted):
+        if "--check" in sys.argv:
             print(f"{path.relative_to(DOCS.parent)} is out of date: run `make docs`")
-        return int(bool(stale))
-    for path in stale:
-        if path in pages:
+        elif path in wanted:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(pages[path], "utf-8")
+            path.write_text(wanted[path], "utf-8")
         else:
             path.unlink()
-    return 0
+    return int("--check" in sys.argv and bool(stale(wanted)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dbcap.errors import ModelError, UsageError
-from dbcap.models.specs import DEFAULT_CAPTIONER, ModelSpec, named_or_folder, parse
+from dbcap.models.specs import ModelSpec, named_or_folder, parse
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "repo", "revision"),
     [
-        (DEFAULT_CAPTIONER, "nlpconnect/vit-gpt2-image-captioning", "main"),
+        ("nlpconnect/vit-gpt2-image-captioning", "nlpconnect/vit-gpt2-image-captioning", "main"),
         ("org/name@v1.0", "org/name", "v1.0"),
         ("org/name@refs/pr/3", "org/name", "refs/pr/3"),
         ("Org_1/na.me-2@" + "a" * 40, "Org_1/na.me-2", "a" * 40),

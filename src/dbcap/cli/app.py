@@ -73,13 +73,13 @@ class LazyGroup(TyperGroup):
         try:
             super().invoke(ctx)
         except Exception as error:
-            from dbcap.cli.errors import is_fault
+            from dbcap.cli.errors import is_fault, name_of
 
             entry = _plugin_commands().get(ctx.invoked_subcommand)
             if entry is None or not is_fault(error):
                 raise
             where = f"the plugin command {entry.name} of {entry.distribution}"
-            raise DbcapError(f"{where} failed: {type(error).__name__}: {error}", "DBCAP_DEBUG=1 shows where") from error
+            raise DbcapError(f"{where} failed: {name_of(error)}", "DBCAP_DEBUG=1 shows where") from error
 
 
 def _plugin_commands() -> dict[str, Any]:

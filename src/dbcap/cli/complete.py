@@ -18,7 +18,7 @@ def one_of(words: Iterable[str]) -> Callable[[str], list[str]]:
 
 def key(incomplete: str) -> list[str]:
     """Offer keys of settings."""
-    return one_of(known_fields())(normal_key(incomplete))
+    return one_of(known_fields())(incomplete)
 
 
 def assignment(incomplete: str) -> list[str]:

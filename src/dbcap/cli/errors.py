@@ -51,8 +51,12 @@ def _line(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if not is_fault(error):
         return str(error)
-    fault = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return f"{fault}; this is a fault in dbcap, and DBCAP_DEBUG=1 shows where it happened"
+    return f"{name_of(error)}; this is a fault in dbcap, and DBCAP_DEBUG=1 shows where it happened"
+
+
+def name_of(error: Exception) -> str:
+    """Return the type and the message, if there is one."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _left(error: SystemExit, terminal: Terminal) -> int:
@@ -74,15 +78,18 @@ def _nobody_reads() -> int:
 
 
 def _usage_line(error: Any) -> str:
-    message = " ".join(error.message.split() or error.format_message().split()).rstrip(".")
+    unknown = type(error).__name__ == "NoSuchOption"
+    message = " ".join((error.message if unknown else error.format_message()).split()).rstrip(".")
     message = message[:1].lower() + message[1:]
     if not error.ctx:
         return message
-    path, option = error.ctx.command_path, getattr(error, "option_name", "")
+    path, near = error.ctx.command_path, ""
     hint = f"`{path} --help` shows what it takes"
-    if message.startswith("no such option"):
-        known = [name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)]
-        hint = did_you_mean(option, known) or hint
-        if error.ctx.parent is None and not did_you_mean(option, known):
+    if unknown:
+        near = did_you_mean(
+            error.option_name,
+            [name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)],
+        )
+        if error.ctx.parent is None:
             hint = "options come after the command, as in `dbcap caption --quiet`"
-    return f"{path}: {message}; {hint}"
+    return f"{path}: {message}; {near or hint}"

@@ -44,7 +44,8 @@ def list_(session: Session, as_json: Json = False) -> None:
         for m in loader.models()
     ]
     for cached in hub.cached_models():
-        note = ", ".join(cached.refs) if cached.complete else "incomplete: `dbcap models pull` completes it"
+        torn = cached.kind == "captioner" and not cached.complete
+        note = "incomplete: `dbcap models pull` completes it" if torn else ", ".join(cached.refs)
         rows.append(
             {
                 "model": cached.repo,

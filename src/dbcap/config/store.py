@@ -60,8 +60,12 @@ def _read(path: Path) -> tomlkit.TOMLDocument:
 
 
 def _write(path: Path, document: tomlkit.TOMLDocument) -> None:
+    data = tomlkit.dumps(document).encode("utf-8", "surrogateescape")  # as typed, where the locale is not UTF-8
     try:
-        write_atomic(path, tomlkit.dumps(document).encode())
+        data.decode()
+        write_atomic(path, data)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot write {path}: a settings file is UTF-8, and this value is not") from error
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 

@@ -10,8 +10,6 @@ from typing import Literal
 
 from dbcap.errors import ModelError, UsageError
 
-DEFAULT_CAPTIONER = "nlpconnect/vit-gpt2-image-captioning"
-
 FORMS = "a model is a name such as starter, a hub model ORG/NAME or ORG/NAME@REVISION, or a folder such as ./model"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
