@@ -92,6 +92,9 @@ def test_many_processes_share_a_removed_lock_without_overlap(tmp_path: Path) -> 
     assert [process.wait(max(1, deadline - time.monotonic())) for process in started] == [0] * 4
 
 
-@pytest.mark.parametrize(("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (4_200, "4.2 kB"), (982_000_000, "982 MB"), (5e12, "5000 GB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (4_200, "4.2 kB"), (982_000_000, "982 MB"), (5e12, "5000 GB")],
+)
 def test_in_units(size: int, text: str) -> None:
     assert in_units(int(size)) == text

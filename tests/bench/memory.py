@@ -26,7 +26,9 @@ def peak_mib(images: int, folder: Path) -> float:
     for number in range(images):
         os.link(source / f"{number % len(samples)}.png", many / f"{number:06}.png")
     words = [sys.executable, "-m", "dbcap", "caption", str(many), "--profile", "starter", "--num-beams", "1"]
-    process = subprocess.Popen([*words, "--format", "jsonl", "-o", str(folder / "out.jsonl")], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*words, "--format", "jsonl", "-o", str(folder / "out.jsonl")], stderr=subprocess.DEVNULL
+    )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     lines = (folder / "out.jsonl").read_text().count("\n")

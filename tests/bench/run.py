@@ -34,7 +34,9 @@ def main() -> int:
         for row in result["rows"]:
             within = row["ratio"] <= row["bar"]
             missed = missed or not within
-            print(f"  {row['what']:<52} {row['value']:>10}  ratio {row['ratio']:.2f}, bar {row['bar']:.2f}{'' if within else '  MISSED'}")
+            print(
+                f"  {row['what']:<52} {row['value']:>10}  ratio {row['ratio']:.2f}, bar {row['bar']:.2f}{'' if within else '  MISSED'}"
+            )
     return int(missed)
 
 

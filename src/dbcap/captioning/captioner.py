@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 import transformers
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dbcap.captioning.decoding import Decoding
-from dbcap.errors import ModelError, UsageError
+from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
-from dbcap.plugins.api import Candidate, Capabilities, Captioner
+from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFactory
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -49,7 +49,10 @@ class TransformersCaptioner:
                 folder, backend="pil", local_files_only=True
             )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._defaults = _decoding_defaults(local.folder)
+            self._defaults = _decoding_defaults(local.folder)
+        # They are in `_defaults` as lengths; left here, they would overrule the length that the user asks for.
+        base = self._base_generation_config()
+        base.max_new_tokens = base.min_new_tokens = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -64,10 +67,11 @@ class TransformersCaptioner:
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise UsageError where a prompt leaves no room for a caption."""
-        prompt = self._prompt_ids(options.get("prompt"))
-        if prompt is not None and len(prompt) >= options["max_length"]:
+        start = self._prompt_ids(options.get("prompt"))
+        if start is not None and len(start) >= options["max_length"]:
             raise UsageError(
-                f"--prompt has {len(prompt)} tokens, and --max-length {options['max_length']} counts them",
+                f"--prompt has {len(start)} tokens with the start token, and --max-length {options['max_length']}"
+                " counts them",
                 "raise --max-length",
             )
 
@@ -87,7 +91,7 @@ class TransformersCaptioner:
                 return self._rows(self._enough_rows(pixels, decoding), decoding)[: len(pixels)]
             found = []
             for row, seed in zip(pixels, seeds, strict=True):
-                # transformers draws from the global generator and for the whole batch: one image at a time keeps seeds apart.
+                # transformers draws from the global generator, for a batch as a whole: seeds need one image at a time.
                 with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                     torch.manual_seed(seed)
                     found += self._rows(row[None], decoding)
@@ -103,11 +107,7 @@ class TransformersCaptioner:
     def _rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> list[list[Candidate]]:
         tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
         output = self.model.generate(
-            **self._inputs(tensor, decoding.prompt),
-            generation_config=self._generation_config(decoding),
-            return_dict_in_generate=True,
-            output_scores=decoding.num_beams > 1,
-            output_logits=decoding.num_beams == 1,
+            **self._inputs(tensor, decoding.prompt), generation_config=self._generation_config(decoding)
         )
         scores = output.sequences_scores if decoding.num_beams > 1 else self._log_probabilities(output)
         count = decoding.num_captions
@@ -117,7 +117,7 @@ class TransformersCaptioner:
         return [sorted(group, key=lambda c: -c.score) for group in groups]  # `sorted` is stable: ties keep their order
 
     def _log_probabilities(self, output: Any) -> torch.Tensor:
-        """Mean log-probability of the tokens made, the end token included: what beams with length penalty 1 are ranked by.
+        """Mean log-probability of the tokens made, the end token included: what one beam would score.
 
         `output.logits` is T tensors (R, V), `output.sequences` (R, start + T); returns (R,).
         """
@@ -129,7 +129,7 @@ class TransformersCaptioner:
             ],
             dim=1,
         )
-        ends = torch.as_tensor(self._end_tokens(), device=made.device)
+        ends = torch.tensor(self._end_tokens(), dtype=made.dtype, device=made.device)
         after_end = torch.isin(made, ends).int().cumsum(1).roll(1, 1)
         after_end[:, 0] = 0
         keep = (after_end == 0).float()
@@ -137,7 +137,8 @@ class TransformersCaptioner:
 
     def _generation_config(self, decoding: Decoding) -> transformers.GenerationConfig:
         config = transformers.GenerationConfig.from_dict(self._base_generation_config().to_dict())
-        config.max_new_tokens = None
+        config.return_dict_in_generate = True
+        config.output_scores, config.output_logits = decoding.num_beams > 1, decoding.num_beams == 1
         neutral = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_length": 0}
         for name in ("num_beams", "max_length", *neutral):
             value = getattr(decoding, name)
@@ -163,17 +164,16 @@ class TransformersCaptioner:
         ends = self._base_generation_config().eos_token_id
         return list(ends) if isinstance(ends, list) else ([] if ends is None else [ends])
 
-    def _prompt_ids(self, prompt: str | None) -> list[int] | None:
+    def _prompt_ids(self, prompt: str | None) -> list[int] | None:  # noqa: ARG002 - of the families with prompts
         """Return the tokens that the decoder starts with, for a family that takes prompts."""
         return None
 
     def _inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
         """Return the arguments of `model.generate`, for pixels (B, 3, H, W)."""
-        inputs = {"pixel_values": pixels}
         ids = self._prompt_ids(prompt)
-        if ids is not None:
-            inputs["input_ids"] = torch.tensor([ids] * len(pixels), device=pixels.device)
-        return inputs
+        if ids is None:
+            return {"pixel_values": pixels}
+        return {"pixel_values": pixels, "input_ids": torch.tensor([ids] * len(pixels), device=pixels.device)}
 
 
 class Blip(TransformersCaptioner):
@@ -192,8 +192,14 @@ class Blip(TransformersCaptioner):
         return int(self.model.config.text_config.max_position_embeddings)
 
     def _prompt_ids(self, prompt: str | None) -> list[int] | None:
-        # BLIP's `generate` overwrites the first token by its start token and drops the last.
-        return None if prompt is None else list(self.tokenizer(prompt).input_ids)
+        start = self.model.config.text_config.bos_token_id
+        return None if prompt is None else [start, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
+
+    def _inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
+        inputs = super()._inputs(pixels, prompt)
+        if "input_ids" in inputs:  # BLIP's `generate` drops the last token, the end mark of its own processor
+            inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (0, 1))
+        return inputs
 
 
 class Git(TransformersCaptioner):
@@ -223,27 +229,50 @@ def load(local: LocalModel, choice: Choice, events: Events) -> Captioner:
     from dbcap.plugins import loader
 
     kind = model_type(local.folder, local.spec.text)
+    torch.set_num_threads(choice.threads)
     if kind in FAMILIES:
         captioner = FAMILIES[kind](local, choice.device, choice.dtype)
-        if captioner.unused:
-            events.detail(
-                f"{captioner.name}: {len(captioner.unused)} weights of the file are not used, {captioner.unused[0]} the first"
-            )
+        if unused := captioner.unused:
+            events.detail(f"{captioner.name}: {len(unused)} weights of the file are not used, {unused[0]} the first")
         return captioner
     if factory := loader.captioners(FAMILIES).get(kind):
-        return factory(local.folder, choice.device, choice.dtype)
+        return _of_plugin(factory, kind, local, choice)
     raise ModelError(
         f"{local.spec.text} is a model of type {kind}, which captions no images here",
         f"dbcap knows {', '.join(FAMILIES)}",
     )
 
 
+def _of_plugin(factory: CaptionerFactory, kind: str, local: LocalModel, choice: Choice) -> Captioner:
+    try:
+        return factory(local.folder, choice.device, choice.dtype)
+    except DbcapError:
+        raise
+    except Exception as error:  # a plugin may raise anything
+        raise ModelError(
+            f"the plugin's captioner for models of type {kind} failed: {type(error).__name__}: {error}",
+            "see `dbcap plugins doctor`, or ask the plugin's author",
+        ) from error
+
+
+def check(captioner: Captioner, options: Mapping[str, Any]) -> None:
+    """Raise UsageError where a captioner of ours cannot work with these settled options; plugins have no such check."""
+    if isinstance(captioner, TransformersCaptioner):
+        captioner.check(options)
+
+
 def count_parameters(folder: Path) -> int:
-    """Return the number of weights of a safetensors model, from the headers of its files alone."""
+    """Return the number of weights of a safetensors model, from the headers of its files alone.
+
+    Raises ModelError for a damaged file.
+    """
     total = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "numpy") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
+        try:
+            with safe_open(path, "numpy") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is damaged: {error}", "fetch or copy it again") from error
     return total
 
 
@@ -277,8 +306,9 @@ def _decoding_defaults(folder: Path) -> dict[str, Any]:
     """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's."""
     path = folder / "generation_config.json"
     values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    if values.get("max_length") is None and values.get("max_new_tokens"):
-        values["max_length"] = values["max_new_tokens"] + 1
+    for length, made in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if values.get(made):
+            values[length] = values[made] + 1  # and the start token; as in transformers it outdoes the other
     return values
 
 
@@ -288,7 +318,7 @@ def _clear_errors(name: str) -> Iterator[None]:
     with _quiet_libraries():
         try:
             yield
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        except Exception as error:  # tokenizers raises that very class
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(f"{name} cannot be loaded: {first}") from error
 

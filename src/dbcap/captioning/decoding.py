@@ -86,8 +86,13 @@ def _refuse_combinations(config: CaptionConfig, decoding: Decoding, can: Capabil
     if config.length_penalty is not None and decoding.num_beams == 1:
         raise UsageError("--length-penalty needs beams", "add --num-beams 4, for example")
     if can.max_positions and decoding.max_length > can.max_positions:
-        raise UsageError(f"--max-length {decoding.max_length} is beyond the {can.max_positions} positions of {model}")
+        raise UsageError(
+            f"--max-length {decoding.max_length} is beyond the {can.max_positions} positions of {model}",
+            f"use {can.max_positions} or less",
+        )
     if decoding.max_length < 2:
         raise UsageError("--max-length 1 leaves no token beside the start token", "use 2 or more")
     if (decoding.min_length or 0) > decoding.max_length:
-        raise UsageError(f"--min-length {decoding.min_length} is above --max-length {decoding.max_length}")
+        raise UsageError(
+            f"--min-length {decoding.min_length} is above --max-length {decoding.max_length}", "change one of them"
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +46,12 @@ def prepare(
             picture = images.read(source.name, alpha=config.alpha, max_pixels=config.max_pixels)
         try:
             pixels = to_pixels(picture.image)
-        except (ValueError, TypeError, ZeroDivisionError) as error:  # a processor that cannot take such a shape
+        except (
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            MemoryError,
+        ) as error:  # a processor that cannot take such a shape
             raise InputError(f"the model's processor refuses it: {error}", kind="unsupported") from error
     except InputError as error:
         return Prepared(source, error=error)
@@ -53,22 +60,43 @@ def prepare(
 
 def in_order(
     sources: Sequence[Source], work: Callable[[Source], Prepared], workers: int, ahead: int
-) -> Iterator[Prepared]:
-    """Apply `work` to all sources, at most `ahead` of them before they are asked for; 0 workers do it in turn."""
+) -> Generator[Prepared]:
+    """Apply `work` to all sources, at most `ahead` of them before they are asked for; 0 workers do it in turn.
+
+    The threads are daemons (a pool's are not): a slow server must not hold up the end of the process.
+    """
     if workers == 0:
         yield from map(work, sources)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="dbcap-read")
+    jobs: SimpleQueue[tuple[Source, Future[Prepared]] | None] = SimpleQueue()
     waiting: deque[Future[Prepared]] = deque()
+    for number in range(workers):
+        threading.Thread(target=_work_off, args=(jobs, work), name=f"dbcap-read-{number}", daemon=True).start()
     try:
         for source in sources:
-            waiting.append(pool.submit(work, source))
+            future: Future[Prepared] = Future()
+            waiting.append(future)
+            jobs.put((source, future))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        for _ in range(workers):
+            jobs.put(None)
+
+
+def _work_off(jobs: SimpleQueue[tuple[Source, Future[Prepared]] | None], work: Callable[[Source], Prepared]) -> None:
+    while job := jobs.get():
+        source, future = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work(source))
+            except BaseException as error:  # noqa: BLE001 - it goes on where the result is asked for
+                future.set_exception(error)
+        del job, source, future  # a thread that waits must not hold the pixels of the last image
 
 
 def groups(items: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+import re
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbcap import images, inputs
 from dbcap.captioning import records, sinks
-from dbcap.captioning.journal import Journal, Progress
+from dbcap.captioning.journal import Failure, Journal, Progress
 from dbcap.captioning.records import LINE_FORMATS, Placed
 from dbcap.captioning.xmp import Xmp
 from dbcap.config.models import CaptionConfig, CommonConfig
 from dbcap.errors import OK, PARTIAL, DbcapError, InputError, Interrupted, UsageError, did_you_mean
 from dbcap.events import Events, Tracker
+from dbcap.files import Lock
 from dbcap.inputs import Found, Source, shown
 from dbcap.plugins import loader
 from dbcap.plugins.api import Candidate, Record, Writer
+from dbcap.web import without_credentials
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from dbcap.captioning.reading import Prepared
     from dbcap.models.device import Choice
     from dbcap.models.hub import LocalModel
@@ -68,12 +69,12 @@ class Job:
 
     found: Found
     todo: list[Source]
+    errors: sinks.ErrorLog
     existing: int = 0  # inputs that have a caption already
     placed: Placed | None = None
     journal: Journal | None = None
     progress: Progress | None = None
-    write: Any = None  # to a stream
-    stack: ExitStack = field(default_factory=ExitStack)
+    write: Callable[[bytes], None] | None = None  # to a stream
 
 
 def run(config: CaptionConfig, common: CommonConfig, events: Events) -> CaptionReport:
@@ -100,28 +101,40 @@ def _check_format(name: str) -> None:
 def _plan(config: CaptionConfig, events: Events, stack: ExitStack) -> Job | CaptionReport:
     """Find the inputs and the output, and refuse what cannot end well, before anything slow begins."""
     placed = _placed(config)
+    if config.lock:
+        stack.enter_context(Lock(Path(config.lock)))
     write = None if placed else sinks.stream_target(config.output, stack)
+    errors = sinks.ErrorLog(config.errors, stack)
     if placed or write:
         found = _discover(config, events)
-        job = Job(found, found.sources, placed=placed, write=write, stack=stack)
+        job = Job(found, found.sources, errors, placed=placed, write=write)
         return _without_existing(job, config) if placed else job
-    assert config.output
-    output = Path(config.output)
-    journal = sinks.open_journal(output, resume=config.resume, force=config.force, lock=config.lock, stack=stack)
+    output = str(config.output)
+    journal = sinks.open_journal(
+        output, resume=config.resume, force=config.force, locked=bool(config.lock), stack=stack
+    )
     if journal is None:
-        return CaptionReport(note=f"{config.output} is finished already, and left as it is")
+        return CaptionReport(note=f"{shown(output)} is finished already, and left as it is")
     if config.resume and journal.exists():
         progress = journal.read()
-        found = Found(progress.sources, 0, progress.single, [])
-        return Job(found, found.sources[progress.done :], journal=journal, progress=progress, stack=stack)
+        if progress.done:  # else there is nothing to go on from
+            todo = progress.sources[progress.done :]
+            if progress.settings:
+                todo = [_found_since(source) for source in todo]
+            found = Found(progress.sources, 0, progress.single, [])
+            return Job(found, todo, errors, journal=journal, progress=progress)
     found = _discover(config, events)
-    return Job(found, found.sources, journal=journal, stack=stack)
+    return Job(found, found.sources, errors, journal=journal)
+
+
+def _found_since(source: Source) -> Source:
+    """Give a file another chance that was missing at first: after `--on-error stop` it was put in place."""
+    return replace(source, error=None) if source.error and os.path.isfile(source.name) else source
 
 
 def _discover(config: CaptionConfig, events: Events) -> Found:
-    import sys
-
-    found = inputs.discover(config.inputs, recursive=config.recursive, null=config.null, stdin=sys.stdin.buffer)
+    stdin = getattr(sys.stdin, "buffer", None)  # there is no stdin where it was closed
+    found = inputs.discover(config.inputs, recursive=config.recursive, null=config.null, stdin=stdin)
     for name in found.empty:
         events.say(f"{shown(name)}: nothing to caption there")
     if found.ignored:
@@ -174,19 +187,18 @@ class _Run:
     def run(self) -> CaptionReport:
         """Caption everything that is to be done."""
         job, config = self._job, self._config
-        self._errors = sinks.ErrorLog(config.errors, job.stack)
-        for failure in job.progress.failures if job.progress else ():
-            self._failed += 1
-            self._errors.add(failure)
-        self._captioned = self._done - self._failed
-        if any(not source.error for source in job.todo):
+        earlier = job.progress.failures if job.progress else []
+        self._failed, self._captioned = len(earlier), self._done - len(earlier)
+        prepared: Generator[Prepared]
+        if (job.progress and job.progress.settings) or any(not source.error for source in job.todo):
             self._load()
             self._sink = self._open_sink(self._settings())
             prepared = self._prepared()
-        else:  # nothing is left for the model to do
+        else:  # there is nothing for a model to do
             self._batch_size = 1
-            self._sink = self._open_sink(job.progress.settings if job.progress else {})
-            prepared = [_failed(source) for source in job.todo]
+            self._sink = self._open_sink({})
+            prepared = (_failed(source) for source in job.todo)
+        job.errors.start(earlier)
         self._caption_all(prepared)
         output = config.output if config.output not in (None, "-") else None
         return CaptionReport(self._captioned, self._failed, job.existing, output)
@@ -215,7 +227,7 @@ class _Run:
         self._decoding = decoding.settle(
             config, self._captioner.defaults(), self._captioner.capabilities, local.spec.text
         )
-        self._captioner.check(self._decoding.as_dict())
+        captioner.check(self._captioner, self._decoding.as_dict())
         # The shape of a batch is one for the whole run and its resumes: kernels round differently at other shapes.
         self._batch_size = min(choice.batch_size, len(self._job.found.sources))
 
@@ -240,11 +252,13 @@ class _Run:
         if job.placed:
             return sinks.Beside(job.placed, config.existing)
         writer = self._writer()
-        if not job.journal:
+        if job.write:
             return sinks.Stream(writer, job.write)
+        assert job.journal
         if job.progress:
             sinks.refuse_other_settings(job.progress.settings, settings)
-            self._events.say(f"going on with {config.output}: {self._done} of {len(job.found.sources)} are done")
+            name = shown(str(config.output))
+            self._events.say(f"going on with {name}: {self._done} of {len(job.found.sources)} are done")
         else:
             job.journal.start(settings, job.found.sources, job.found.single)
         return sinks.Resumable(job.journal, writer, job.progress)
@@ -257,20 +271,22 @@ class _Run:
             return LINE_FORMATS[config.format](with_path=with_path, base=base)
         return loader.writers()[config.format]()
 
-    def _prepared(self) -> Any:
+    def _prepared(self) -> Generator[Prepared]:
         from dbcap.captioning import reading
 
-        work = lambda source: reading.prepare(source, self._config, self._captioner.prepare)  # noqa: E731
+        def work(source: Source) -> Prepared:
+            return reading.prepare(source, self._config, self._captioner.prepare)
+
         ahead = self._config.workers + 2 * self._batch_size
         return reading.in_order(self._job.todo, work, self._config.workers, ahead)
 
-    def _caption_all(self, prepared: Any) -> None:
+    def _caption_all(self, prepared: Generator[Prepared]) -> None:
         from dbcap.captioning import reading
 
-        total = len(self._job.found.sources)
+        total = self._done + len(self._job.todo)
         try:
-            with self._events.track("Captioning", len(self._job.todo)) as tracker:
-                for group in reading.groups(iter(prepared), self._batch_size):
+            with closing(prepared), self._events.track("Captioning", len(self._job.todo)) as tracker:
+                for group in reading.groups(prepared, self._batch_size):
                     self._do(group, tracker)
             self._sink.finish()
         except (KeyboardInterrupt, Interrupted):
@@ -286,22 +302,32 @@ class _Run:
         """Caption one batch, write it, and report what failed."""
         stop = next((item for item in group if item.error and self._config.on_error == "stop"), None)
         if stop:
-            group = group[: list(group).index(stop)]
+            # A file that goes on with --resume must have its batches where an uninterrupted run has them.
+            group = [] if self._job.journal else group[: list(group).index(stop)]
         good = [item for item in group if not item.error]
         rows = list(zip((item.source for item in good), self._records(good), strict=True)) if good else []
-        failures = [(item.source.name, item.error) for item in group if item.error]
-        as_written = [(name, error.kind, str(error)) for name, error in failures]
-        unplaced = self._sink.write(rows, self._done + len(group), as_written)
+        failures = [(item.source, item.error) for item in group if item.error]
+        as_written = [_failure(source, error) for source, error in failures]
+        failures += self._sink.write(rows, self._done + len(group), as_written) if group else []
         self._done += len(group)
-        self._captioned += len(rows) - len(unplaced)
-        tracker.advance(len(rows) - len(unplaced))
-        for name, error in [*failures, *((source.name, error) for source, error in unplaced)]:
-            self._failed += 1
-            tracker.fail()
-            self._events.fail(f"{shown(name)}: {error}")
-            self._errors.add((name, error.kind, str(error)))
+        captioned = len(group) - len(failures)
+        self._captioned += captioned
+        tracker.advance(captioned)
+        for source, error in failures:
+            self._fail(source, error, tracker)
         if stop:
-            raise DbcapError(f"{shown(stop.source.name)}: {stop.error}", "stopped there, as --on-error stop says")
+            assert stop.error
+            failures.append((stop.source, stop.error))
+            self._job.errors.add(_failure(stop.source, stop.error))
+        if failures and self._config.on_error == "stop":
+            again = "; the same command with --resume goes on from there" if self._job.journal else ""
+            raise DbcapError(_about(*failures[0]), f"stopped there, as --on-error stop says{again}")
+
+    def _fail(self, source: Source, error: InputError, tracker: Tracker) -> None:
+        self._failed += 1
+        tracker.fail()
+        self._events.fail(_about(source, error))
+        self._job.errors.add(_failure(source, error))
 
     def _records(self, good: Sequence[Prepared]) -> list[Record]:
         import numpy as np
@@ -314,14 +340,13 @@ class _Run:
                 "use --batch-size 1",
             ) from error
         seeds = [image_seed(self._config.seed, item.sha256) for item in good]
-        missing = self._batch_size - len(good)
-        if missing:
-            pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
-            if not self._decoding.sample:  # sampling takes its images one by one
-                seeds += [0] * missing
-            else:
-                pixels = pixels[: len(good)]
+        # One shape for all batches of a run; sampling takes its images one by one anyway.
+        missing = 0 if self._decoding.sample else self._batch_size - len(good)
+        pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+        seeds += seeds[-1:] * missing
         found = self._captioner.generate(pixels, self._decoding.as_dict(), seeds)
+        if len(found) != len(pixels):
+            raise DbcapError(f"{self._config.model} gave {len(found)} captions for a batch of {len(pixels)} images")
         return [self._record(item, candidates) for item, candidates in zip(good, found, strict=False)]
 
     def _record(self, item: Prepared, candidates: Sequence[Candidate]) -> Record:
@@ -338,8 +363,8 @@ class _Run:
         for pair in config.replace:
             old, _, new = pair.partition("=")
             text = text.replace(old, new)
-        if config.template != "{caption}":
-            text = config.template.replace("{stem}", stem_of(source)).replace("{caption}", text)
+        parts = {"{stem}": stem_of(source), "{caption}": text}
+        text = re.sub("{stem}|{caption}", lambda match: parts[match[0]], config.template)
         return f"{config.prefix}{text}{config.suffix}"
 
 
@@ -353,3 +378,14 @@ def image_seed(seed: int, sha256: str) -> int:
     """Return the seed of one image's sampling, from the run's seed and the image's content: below 2**63."""
     digest = hashlib.sha256(f"{seed}:{sha256}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _failure(source: Source, error: InputError) -> Failure:
+    return source.name, error.kind, str(error)
+
+
+def _about(source: Source, error: InputError) -> str:
+    """Return one line about a failed input; passwords in URLs are nobody's business."""
+    name = shown(source.name)
+    text = str(error) if name in error.message else f"{name}: {error}"
+    return text.replace(name, without_credentials(name)) if source.is_url else text

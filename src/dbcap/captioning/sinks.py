@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from dbcap.captioning.journal import Failure, Journal, Progress
-from dbcap.captioning.records import Existing, Placed
+from dbcap.captioning.records import Existing, Placed, json_bytes
 from dbcap.errors import DbcapError, InputError, UsageError
 from dbcap.files import Lock
-from dbcap.inputs import Source
+from dbcap.inputs import Source, shown
 from dbcap.plugins.api import Record, Writer
 
 Row = tuple[Source, Record]
@@ -123,23 +124,34 @@ def _render(writer: Writer, rows: Sequence[Row], first: bool) -> bytes:
 
 def stream_target(name: str | None, stack: ExitStack) -> Callable[[bytes], None] | None:
     """Return how to write to stdout or to a file that is none (a pipe, a device); None for a regular or new file."""
-    if name is None or name == "-" or name in ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+    number = 1 if name in (None, "-") else _descriptor(str(name))
+    if number == 1:
         return _to_stdout
     try:
-        mode = os.stat(name).st_mode
+        if number is None:
+            mode = os.stat(str(name)).st_mode
+            if stat.S_ISREG(mode):
+                return None
+            if stat.S_ISDIR(mode):
+                raise UsageError(f"{name} is a folder", "name a file with -o")
+        # A descriptor is duplicated: opening it by its name would empty the file behind it.
+        target = str(name) if number is None else os.dup(number)
+        file = stack.enter_context(open(target, "wb", buffering=0))  # noqa: SIM115 - the stack closes it
     except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UsageError(f"cannot write {name}: {error.strerror}") from error
-    if stat.S_ISDIR(mode):
-        raise UsageError(f"{name} is a folder", "name a file with -o")
-    if stat.S_ISREG(mode) and not name.startswith(("/dev/fd/", "/proc/self/fd/")):
-        return None
-    try:
-        file = stack.enter_context(open(name, "wb", buffering=0))
+        if name:
+            return None
+        raise UsageError("-o '' names no file", "name one, or leave -o out") from None
     except OSError as error:
         raise UsageError(f"cannot write {name}: {error.strerror}") from error
     return lambda data: _write_all(file, data)
+
+
+def _descriptor(name: str) -> int | None:
+    """Return the number of the open file that such a name stands for."""
+    if name in ("/dev/stdout", "/dev/stderr"):
+        return 1 if name == "/dev/stdout" else 2
+    match = re.fullmatch(r"(?:/dev/fd|/proc/self/fd)/(\d+)", name)
+    return int(match[1]) if match else None
 
 
 def _write_all(file: Any, data: bytes) -> None:
@@ -154,20 +166,26 @@ def _to_stdout(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-def open_journal(output: Path, *, resume: bool, force: bool, lock: str | None, stack: ExitStack) -> Journal | None:
-    """Lock FILE and decide whether there is something to do. Returns None when `--resume` finds a finished FILE."""
+def open_journal(name: str, *, resume: bool, force: bool, locked: bool, stack: ExitStack) -> Journal | None:
+    """Lock FILE, unless it is `locked`, and decide whether there is something to do: None where `--resume` is done.
+
+    A link keeps being one: what it leads to is written.
+    """
+    output = Path(os.path.realpath(name))
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}", "create it first")
-    stack.enter_context(Lock(Path(lock)) if lock else Lock(output.with_name(output.name + ".lock"), remove=True))
+    if not locked:
+        stack.enter_context(Lock(output.with_name(output.name + ".lock"), remove=True))
     journal = Journal(output)
-    if resume:
-        return None if output.exists() and not journal.exists() else journal
-    if force:
+    if resume and not journal.exists() and output.exists():
+        journal.tidy()
+        return None
+    if resume or force:
         return journal
     if journal.exists():
-        raise UsageError(f"{output} was interrupted", "--resume goes on with it, --force starts over")
+        raise UsageError(f"{name} was interrupted", "--resume goes on with it, --force starts over")
     if output.exists():
-        raise UsageError(f"{output} exists", "--force replaces it")
+        raise UsageError(f"{name} exists", "--force replaces it")
     return journal
 
 
@@ -182,23 +200,39 @@ def refuse_other_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
 
 
 def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
+    text = shown("none" if value is None else str(value)) or "''"
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 class ErrorLog:
-    """`--errors FILE`: one JSON line for each failed input."""
+    """`--errors FILE`: one JSON line for each failed input. It is opened early, and emptied when the work begins."""
 
     def __init__(self, name: str | None, stack: ExitStack) -> None:
-        try:
-            self._file = stack.enter_context(open(name, "wb")) if name else None
-        except OSError as error:
-            raise DbcapError(f"cannot write --errors {name}: {error.strerror}") from error
+        self._name = name
+        self._file: IO[bytes] | None = None
+        if name:
+            with self._said_plainly():
+                self._file = stack.enter_context(open(name, "ab", buffering=0))  # noqa: SIM115 - likewise
+
+    def start(self, failures: Iterable[Failure]) -> None:
+        """Replace the content by the failures of an interrupted run."""
+        if self._file:
+            with self._said_plainly():
+                if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                    self._file.truncate(0)
+        for failure in failures:
+            self.add(failure)
 
     def add(self, failure: Failure) -> None:
         """Write one failed input at once."""
-        from dbcap.captioning.records import json_bytes
-
         if self._file:
             path, kind, message = failure
-            self._file.write(json_bytes({"path": path, "kind": kind, "message": message}) + b"\n")
-            self._file.flush()
+            with self._said_plainly():
+                _write_all(self._file, json_bytes({"path": path, "kind": kind, "message": message}) + b"\n")
+
+    @contextmanager
+    def _said_plainly(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DbcapError(f"cannot write --errors {self._name}: {error.strerror}") from error
