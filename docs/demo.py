@@ -10,7 +10,6 @@ from pathlib import Path
 
 import dbcap_starter
 
-
 SAMPLES = dbcap_starter.samples()
 
 

@@ -47,7 +47,10 @@ def test_a_failure_while_writing_leaves_the_old_content(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-HOLD = "import sys, time; from pathlib import Path; from dbcap.files import Lock\nwith Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from dbcap.files import Lock\n"
+    "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+)
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
@@ -78,7 +81,8 @@ def test_a_lock_that_removes_its_file_locks_out_who_opened_it_before(tmp_path: P
 
 def test_many_processes_share_a_removed_lock_without_overlap(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from dbcap.files import Lock; from dbcap.errors import LockHeldError\n"
+        "import sys, time; from pathlib import Path; from dbcap.files import Lock\n"
+        "from dbcap.errors import LockHeldError\n"
         "folder = Path(sys.argv[1]); won = 0\n"
         "while won < 20:\n"
         "    try:\n"

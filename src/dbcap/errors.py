@@ -1,6 +1,6 @@
 """One error tree: what went wrong, what to do next, and the exit code that tells a script.
 
-Everything that a user can cause is a `DbcapError`; the CLI prints it in one line. Any other exception is a fault of ours.
+All that a user can cause is a `DbcapError`; the CLI prints it in one line. Any other exception is a fault of ours.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class InputError(DbcapError):
         self.kind = kind
 
 
-class Interrupted(BaseException):  # noqa: N818 - it is no error, and `except Exception` must not swallow it
-    """A signal asked us to stop. Derives from BaseException, as KeyboardInterrupt does."""
+class Interrupted(BaseException):
+    """A signal asked us to stop. Like KeyboardInterrupt it is no Exception: `except Exception` must not swallow it."""
 
     def __init__(self, exit_code: int = SIGINT) -> None:
         super().__init__(exit_code)

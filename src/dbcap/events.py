@@ -1,4 +1,4 @@
-"""What the core tells whoever runs it. The CLI renders these with rich; a library user may pass `Silent` or an own class."""
+"""What the core tells whoever runs it: the CLI renders it with rich, a library user may pass `Silent`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Events(Protocol):
         """Explain a choice (shown with --verbose)."""
 
     def track(self, title: str, total: int | None, unit: str = "images") -> _Tracking:
-        """Open a progress display; use as `with events.track("Captioning", 40) as tracker`. `unit="bytes"` shows sizes."""
+        """Open a progress display: `with events.track("Captioning", 40) as tracker`. `unit="bytes"` shows sizes."""
 
 
 class _Tracking(Protocol):
@@ -65,5 +65,5 @@ class Silent:
         pass
 
     @contextmanager
-    def track(self, title: str, total: int | None, unit: str = "images") -> Iterator[Tracker]:
+    def track(self, title: str, total: int | None, unit: str = "images") -> Iterator[Tracker]:  # noqa: ARG002
         yield _NoTracker()

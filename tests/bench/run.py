@@ -1,4 +1,4 @@
-"""`make bench`: measure, print tables, write bench-results/NAME.json. Names on the command line choose what is measured."""
+"""`make bench`: measure, print tables, write bench-results/NAME.json. Arguments choose what is measured."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def main() -> int:
         for row in result["rows"]:
             within = row["ratio"] <= row["bar"]
             missed = missed or not within
-            print(
-                f"  {row['what']:<52} {row['value']:>10}  ratio {row['ratio']:.2f}, bar {row['bar']:.2f}{'' if within else '  MISSED'}"
-            )
+            figures = f"{row['value']:>10}  ratio {row['ratio']:.2f}, bar {row['bar']:.2f}"
+            print(f"  {row['what']:<52} {figures}{'' if within else '  MISSED'}")
     return int(missed)
 
 
