@@ -20,6 +20,10 @@ from dbcap.errors import InputError
 from dbcap.inputs import Source
 
 
+JOIN_SECONDS = 1.0
+"""How long the end waits for a thread that is still reading; a slow server may keep it for longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One input, ready for the model or failed."""
@@ -70,8 +74,12 @@ def in_order(
         return
     jobs: SimpleQueue[tuple[Source, Future[Prepared]] | None] = SimpleQueue()
     waiting: deque[Future[Prepared]] = deque()
-    for number in range(workers):
-        threading.Thread(target=_work_off, args=(jobs, work), name=f"dbcap-read-{number}", daemon=True).start()
+    threads = [
+        threading.Thread(target=_work_off, args=(jobs, work), name=f"dbcap-read-{number}", daemon=True)
+        for number in range(workers)
+    ]
+    for thread in threads:
+        thread.start()
     try:
         for source in sources:
             future: Future[Prepared] = Future()
@@ -84,8 +92,10 @@ def in_order(
     finally:
         for future in waiting:
             future.cancel()
-        for _ in range(workers):
+        for _ in threads:
             jobs.put(None)
+        for thread in threads:  # one that wakes up while the interpreter shuts down would abort the process
+            thread.join(JOIN_SECONDS)
 
 
 def _work_off(jobs: SimpleQueue[tuple[Source, Future[Prepared]] | None], work: Callable[[Source], Prepared]) -> None:
