@@ -121,6 +121,11 @@ class Lock:
             self._file = None
 
 
+def lock_beside(path: Path) -> Lock:
+    """Return the lock of the file `path`: `.NAME.lock` beside it, hidden and gone at the end, to be in nobody's way."""
+    return Lock(path.with_name(f".{path.name}.lock"), remove=True)
+
+
 def _same_file(file: IO[bytes], path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))

@@ -54,6 +54,26 @@ def samples() -> list[Path]:
     return sorted(dbcap_starter.samples().glob("*.png"))
 
 
+@pytest.fixture(scope="session")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a function that loads a model folder as the command does."""
+    import torch
+
+    from dbcap.captioning import captioner
+    from dbcap.events import Silent
+    from dbcap.models import hub
+    from dbcap.models.device import Choice
+
+    home = tmp_path_factory.mktemp("home")
+
+    def call(folder: Path, dtype: Any = "float32", events: Any = None) -> Any:
+        local = hub.locate(str(folder), offline=True, events=Silent(), home=home)
+        choice = Choice("cpu", dtype, 8, torch.get_num_threads(), (), "any")
+        return captioner.load(local, choice, events or Silent())
+
+    return call
+
+
 @pytest.fixture
 def work(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is the current one, with an isolated home."""
@@ -158,6 +178,10 @@ class Running:
         assert self._zygote.stdout
         return self._code is None and not select.select([self._zygote.stdout], [], [], 0)[0]
 
+    def said(self) -> bytes:
+        """Return what is on its stdout so far."""
+        return self._out.read_bytes() if self._out.exists() else b""
+
     def signal(self, number: int) -> None:
         """Send a signal."""
         os.kill(self.pid, number)
@@ -169,8 +193,7 @@ def zygotes() -> Iterator[list[subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
     yield started
     for process in started:
-        assert process.stdin
-        process.stdin.close()
+        process.kill()
         process.wait()
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from dbcap.captioning.captioner import TransformersCaptioner
 from dbcap.captioning.decoding import Decoding
 from dbcap.errors import ModelError, UsageError
 from dbcap.events import Silent
-from dbcap.models import hub
-from dbcap.models.device import Choice
 from dbcap.plugins.api import Capabilities
 from dbcap.testing.models import write_tiny
 
@@ -41,21 +38,6 @@ def pictures(samples) -> list[Image.Image]:
     shapes = [(1, 1), (3, 1), (1, 3), (50, 200), (300, 100)]
     noise = [Image.fromarray(random.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes]
     return [*(Image.open(path).convert("RGB") for path in samples[:8]), *noise]
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory) -> Callable[..., TransformersCaptioner]:
-    """Return a function that loads a model folder as the command does."""
-    home = tmp_path_factory.mktemp("home")
-
-    def call(folder: Path, dtype: Any = "float32", events: Any = None) -> TransformersCaptioner:
-        local = hub.locate(str(folder), offline=True, events=Silent(), home=home)
-        choice = Choice("cpu", dtype, 8, torch.get_num_threads(), (), "any")
-        loaded = captioner.load(local, choice, events or Silent())
-        assert isinstance(loaded, TransformersCaptioner)
-        return loaded
-
-    return call
 
 
 @pytest.fixture(scope="module", params=[*PAIRS, "starter"], ids=[*map("-".join, PAIRS), "starter"])

@@ -268,7 +268,7 @@ def test_good_pictures_are_captioned_and_bad_ones_reported(caption, mixed):
     assert all(list(error) == ["path", "kind", "message"] for error in errors)
     failed = [line for line in result.err.splitlines() if line.startswith("failed: mixed/")]
     assert len(failed) == len(BAD)
-    assert "1 files that are no pictures were left out" in result.err
+    assert "left out 1 file that is no picture" in result.err
     assert f"{len(found)} captioned, {len(BAD)} failed" in result.err
 
 
@@ -566,7 +566,7 @@ def test_stdout_and_pipes_are_written_straight_through(caption, photos):
 def test_a_second_writer_is_turned_away(caption, photos, no_model):
     from dbcap.files import Lock
 
-    with Lock(Path("out.lock")):
+    with Lock(Path(".out.lock")):
         result = caption("photos", "-o", "out")
     assert result.code == 4
     assert "another dbcap is at work here: it holds" in result.error
@@ -590,8 +590,8 @@ def test_with_a_lock_elsewhere_there_is_none_beside_the_file(caption, photos, mo
     monkeypatch.setattr(sinks.Resumable, "finish", finish)
     assert caption("photos", "-o", "one").code == 0
     assert caption("photos", "-o", "two", "--lock", "my.lock").code == 0
-    assert "one.lock" in seen[0]
-    assert "two.lock" not in seen[1]
+    assert ".one.lock" in seen[0]
+    assert ".two.lock" not in seen[1]
     assert "my.lock" in seen[1]
 
 

@@ -170,11 +170,11 @@ def test_what_is_there_already(there, options, outcome, tmp_path, stack):
 def test_only_one_writer_at_a_time(tmp_path, stack):
     output = tmp_path / "out"
     assert opened(output, stack)
-    assert (tmp_path / "out.lock").exists()
+    assert (tmp_path / ".out.lock").exists()
     with ExitStack() as second, pytest.raises(LockHeldError):
         opened(output, second, resume=True)
     stack.close()
-    assert not (tmp_path / "out.lock").exists()
+    assert not (tmp_path / ".out.lock").exists()
     with ExitStack() as second:
         assert opened(output, second)
 

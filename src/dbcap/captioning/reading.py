@@ -19,7 +19,6 @@ from dbcap.config.models import CaptionConfig
 from dbcap.errors import InputError
 from dbcap.inputs import Source
 
-
 JOIN_SECONDS = 1.0
 """How long the end waits for a thread that is still reading; a slow server may keep it for longer."""
 

@@ -12,7 +12,7 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -126,13 +126,22 @@ class Metadata(_Lines):
 
     def __init__(self, base: Path) -> None:
         self._base = os.path.abspath(base)
+        self._others = b""
+
+    def keep(self, path: Path, sources: Iterable[Source]) -> None:
+        """Keep the rows of other images in a table that is to be replaced. Raises `DbcapError` for a broken row."""
+        self._others = _Table(path).without({posixpath.normpath(self._name(source.name)) for source in sources})
+
+    def header(self) -> bytes:
+        """Return the rows of other images."""
+        return self._others
 
     def row(self, record: Record, first: bool) -> bytes:  # noqa: ARG002 - the protocol
         """Return the line of one image."""
-        name = record.path
-        if not _URL.match(name):
-            name = os.path.relpath(name, self._base).replace(os.sep, "/")
-        return json_bytes({"file_name": name} | _texts(record)) + b"\n"
+        return json_bytes({"file_name": self._name(record.path)} | _texts(record)) + b"\n"
+
+    def _name(self, path: str) -> str:
+        return path if _URL.match(path) else os.path.relpath(path, self._base).replace(os.sep, "/")
 
 
 class LineFormat(Protocol):
@@ -316,6 +325,12 @@ class _Table:
             if isinstance(name, str):
                 name = posixpath.normpath(name)
                 self.numbers[name] = (*self.numbers.get(name, ()), number)
+
+    def without(self, names: Collection[str]) -> bytes:
+        """Return the rows but for those of the images `names`."""
+        mine = {number for name in names for number in self.numbers.get(name, ())}
+        kept = [line.rstrip(b"\r\n") for number, line in enumerate(self._lines) if number not in mine]
+        return b"".join(line + b"\n" for line in kept if line.strip())
 
     def row(self, number: int) -> dict[str, Any]:
         try:

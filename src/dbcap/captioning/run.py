@@ -20,7 +20,7 @@ from dbcap.captioning.xmp import Xmp
 from dbcap.config.models import CaptionConfig, CommonConfig
 from dbcap.errors import OK, PARTIAL, DbcapError, InputError, Interrupted, UsageError, did_you_mean
 from dbcap.events import Events, Tracker
-from dbcap.files import Lock
+from dbcap.files import Lock, lock_beside
 from dbcap.inputs import Found, Source, shown
 from dbcap.plugins import loader
 from dbcap.plugins.api import Candidate, Record, Writer
@@ -108,7 +108,7 @@ def _plan(config: CaptionConfig, events: Events, stack: ExitStack) -> Job | Capt
     if placed or write:
         found = _discover(config, events)
         job = Job(found, found.sources, errors, placed=placed, write=write)
-        return _without_existing(job, config) if placed else job
+        return _without_existing(job, config, stack) if placed else job
     output = str(config.output)
     journal = sinks.open_journal(
         output, resume=config.resume, force=config.force, locked=bool(config.lock), stack=stack
@@ -138,7 +138,9 @@ def _discover(config: CaptionConfig, events: Events) -> Found:
     for name in found.empty:
         events.say(f"{shown(name)}: nothing to caption there")
     if found.ignored:
-        events.say(f"{found.ignored} files that are no pictures were left out")
+        events.say(
+            f"left out {found.ignored} file{' that is no picture' if found.ignored == 1 else 's that are no pictures'}"
+        )
     return found
 
 
@@ -150,10 +152,20 @@ def _placed(config: CaptionConfig) -> Placed | None:
     return records.MetadataFolder() if config.format == "metadata" and config.output is None else None
 
 
-def _without_existing(job: Job, config: CaptionConfig) -> Job:
+def _shared_tables(placed: Placed, sources: Sequence[Source]) -> list[Path]:
+    """Return the files that many captions go into; rewritten as a whole, they bear one writer at a time."""
+    if not isinstance(placed, records.MetadataFolder):
+        return []
+    folders = {str(placed.target(source).parent) for source in sources}
+    return [Path(folder, "metadata.jsonl") for folder in sorted(set(map(os.path.realpath, folders)))]
+
+
+def _without_existing(job: Job, config: CaptionConfig, stack: ExitStack) -> Job:
     """Take out the inputs that have a caption, or refuse them, as `--existing` says."""
     assert job.placed
     good = [source for source in job.todo if not source.error]
+    for table in _shared_tables(job.placed, good):
+        stack.enter_context(lock_beside(table))
     job.placed.check(good)
     if config.existing not in ("skip", "error"):
         return job
@@ -267,6 +279,11 @@ class _Run:
         config = self._config
         with_path = not self._job.found.single if config.with_filename is None else config.with_filename
         base = Path(config.output or ".").parent
+        if config.format == "metadata":
+            table = records.Metadata(base)
+            if self._job.journal and self._job.journal.output.is_file():  # --force replaces our rows, not the others
+                table.keep(self._job.journal.output, self._job.found.sources)
+            return table
         if config.format in LINE_FORMATS:
             return LINE_FORMATS[config.format](with_path=with_path, base=base)
         return loader.writers()[config.format]()

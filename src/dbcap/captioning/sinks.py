@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 from dbcap.captioning.journal import Failure, Journal, Progress
 from dbcap.captioning.records import Existing, Placed, json_bytes
 from dbcap.errors import DbcapError, InputError, UsageError
-from dbcap.files import Lock
+from dbcap.files import lock_beside
 from dbcap.inputs import Source, shown
 from dbcap.plugins.api import Record, Writer
 
@@ -175,7 +175,7 @@ def open_journal(name: str, *, resume: bool, force: bool, locked: bool, stack: E
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}", "create it first")
     if not locked:
-        stack.enter_context(Lock(output.with_name(output.name + ".lock"), remove=True))
+        stack.enter_context(lock_beside(output))
     journal = Journal(output)
     if resume and not journal.exists() and output.exists():
         journal.tidy()

@@ -27,14 +27,22 @@ class Cli:
     group: str = "Options"
     unset: str = ""  # how help names the default `None`
     metavar: str = ""
+    takes: str = ""  # in words, what a `pattern` allows
     argument: bool = False  # positional; cannot be set in a file or the environment
 
 
 def option(
-    default: Any, text: str, *flags: str, group: str = "Options", unset: str = "", metavar: str = "", **bounds: Any
+    default: Any,
+    text: str,
+    *flags: str,
+    group: str = "Options",
+    unset: str = "",
+    metavar: str = "",
+    takes: str = "",
+    **bounds: Any,
 ) -> Any:
     """Declare a field that is an option; help shows `text`. `flags` are added to the one derived from its name."""
-    cli = Cli(flags=flags, group=group, unset=unset, metavar=metavar)
+    cli = Cli(flags=flags, group=group, unset=unset, metavar=metavar, takes=takes)
     return Field(default, description=text, json_schema_extra={"cli": cli}, **bounds)  # type: ignore[dict-item]
 
 
@@ -101,6 +109,8 @@ def metavar_of(field: FieldInfo) -> str:
 
 def allowed(field: FieldInfo) -> str:
     """Say in words which values a field takes: `auto or an integer of at least 1`."""
+    if takes := cli_of(field).takes:
+        return takes
     parts = []
     if values := choices(field):
         parts.append(values[0] if len(values) == 1 else "one of " + ", ".join(values))

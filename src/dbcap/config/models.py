@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, MinLen
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from dbcap.config.fields import Section, argument, option
 
@@ -18,6 +18,7 @@ OF_MODEL = "the model's own"
 
 Count = Annotated[int, Ge(1)]
 Text = Annotated[str, MinLen(1)]
+Replacement = Annotated[str, Field(pattern="^[^=]+=")]
 
 
 class CommonConfig(Section):
@@ -39,7 +40,12 @@ class ComputeConfig(Section):
     """Where and how a model runs."""
 
     device: str = option(
-        "auto", "Where the model runs: auto, cpu, cuda, cuda:N or mps.", group=COMPUTE, metavar="DEVICE"
+        "auto",
+        "Where the model runs: auto, cpu, cuda, cuda:N or mps.",
+        group=COMPUTE,
+        metavar="DEVICE",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps)$",
+        takes="auto, cpu, cuda, cuda:N or mps",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Number format of the weights.", group=COMPUTE
@@ -56,7 +62,12 @@ class CaptionConfig(ComputeConfig):
     recursive: bool = option(False, "Go into the folders of folders.", "-r", group=READING)
     null: bool = option(False, "Lists are separated by NUL instead of newline.", "-0", group=READING)
     alpha: str = option(
-        "white", "Colour behind transparent pixels: white, black or #rrggbb.", group=READING, metavar="COLOUR"
+        "white",
+        "Colour behind transparent pixels: white, black or #rrggbb.",
+        group=READING,
+        metavar="COLOUR",
+        pattern=r"^(?i:white|black|#[0-9a-f]{6})$",
+        takes="white, black or #rrggbb",
     )
     max_pixels: Count = option(178_956_970, "Refuse larger images.", group=READING)
     url_timeout: float = option(30.0, "Seconds that fetching a URL may take.", group=READING, gt=0)
@@ -121,16 +132,29 @@ class CaptionConfig(ComputeConfig):
         group=OUTPUT,
         unset="with it, unless the input is one file or URL",
     )
-    extension: str = option(".txt", "Ending of sidecar files.", group=OUTPUT, metavar=".EXT")
+    extension: str = option(
+        ".txt",
+        "Ending of sidecar files.",
+        group=OUTPUT,
+        metavar=".EXT",
+        pattern=r"^\.[^/]+$",
+        takes="an ending with its dot, such as .txt",
+    )
     prefix: str = option("", "Put this before each caption.", group=OUTPUT)
     suffix: str = option("", "Put this after each caption.", group=OUTPUT)
     template: str = option(
         "{caption}",
         "Frame of each caption; {caption} and {stem} (of the file name) stand for themselves.",
         group=OUTPUT,
+        pattern=r"\{caption\}",
+        takes="text with {caption} in it",
     )
-    replace: tuple[str, ...] = option(
-        (), "Replace words of the caption; may be repeated.", group=OUTPUT, metavar="OLD=NEW"
+    replace: tuple[Replacement, ...] = option(
+        (),
+        "Replace words of the caption; may be repeated.",
+        group=OUTPUT,
+        metavar="OLD=NEW",
+        takes="a list of texts of the form OLD=NEW",
     )
     resume: bool = option(False, "Go on with an interrupted -o FILE.", group=OUTPUT)
     force: bool = option(False, "Replace an existing -o FILE.", group=OUTPUT)
@@ -155,10 +179,6 @@ class CaptionConfig(ComputeConfig):
             raise ValueError("--length-penalty needs beams, and --sample has none")
         if self.min_length and self.max_length and self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
-        if "{caption}" not in self.template:
-            raise ValueError("--template has no {caption}")
-        if bad := [text for text in self.replace if "=" not in text or text.startswith("=")]:
-            raise ValueError(f"--replace {bad[0]!r} is not of the form OLD=NEW")
         return self
 
     @model_validator(mode="after")
@@ -170,8 +190,6 @@ class CaptionConfig(ComputeConfig):
             raise ValueError("--resume needs -o FILE")
         if self.resume and self.force:
             raise ValueError("--resume and --force exclude each other")
-        if not self.extension.startswith(".") or "/" in self.extension or len(self.extension) < 2:
-            raise ValueError(f"--extension {self.extension!r} must begin with a dot, as in .txt")
         return self
 
 
