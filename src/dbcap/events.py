@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 
@@ -32,13 +32,8 @@ class Events(Protocol):
     def detail(self, message: str) -> None:
         """Explain a choice (shown with --verbose)."""
 
-    def track(self, title: str, total: int | None, unit: str = "images") -> _Tracking:
+    def track(self, title: str, total: int | None, unit: str = "images") -> AbstractContextManager[Tracker]:
         """Open a progress display: `with events.track("Captioning", 40) as tracker`. `unit="bytes"` shows sizes."""
-
-
-class _Tracking(Protocol):
-    def __enter__(self) -> Tracker: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class _NoTracker:

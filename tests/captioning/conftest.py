@@ -169,18 +169,19 @@ class Running:
             if not select.select([self._zygote.stdout], [], [], seconds)[0]:
                 self.signal(signal.SIGKILL)
                 self._zygote.stdout.readline()
-                pytest.fail(f"dbcap did not end within {seconds} seconds: {self._err.read_text()}")
+                pytest.fail(f"dbcap did not end within {seconds} seconds: {self.said('err')!r}")
             self._code = int(self._zygote.stdout.readline())
-        return Result(self._code, self._out.read_bytes(), self._err.read_text("utf-8", "surrogateescape"))
+        return Result(self._code, self.said(), self.said("err").decode("utf-8", "surrogateescape"))
 
     def alive(self) -> bool:
         """Tell whether it is still running."""
         assert self._zygote.stdout
         return self._code is None and not select.select([self._zygote.stdout], [], [], 0)[0]
 
-    def said(self) -> bytes:
-        """Return what is on its stdout so far."""
-        return self._out.read_bytes() if self._out.exists() else b""
+    def said(self, where: str = "out") -> bytes:
+        """Return what is on its stdout (or `err`) so far."""
+        path = self._out if where == "out" else self._err
+        return path.read_bytes() if path.exists() else b""  # it may be killed before it has opened them
 
     def signal(self, number: int) -> None:
         """Send a signal."""

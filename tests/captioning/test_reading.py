@@ -91,25 +91,30 @@ def test_without_workers_nothing_is_read_before_it_is_asked_for():
     assert len(begun) == 2
 
 
-def test_closing_cancels_what_has_not_begun():
+@pytest.mark.parametrize("workers", [1, 5])
+def test_closing_cancels_what_has_not_begun(workers, monkeypatch):
+    monkeypatch.setattr(reading, "JOIN_SECONDS", 0.3)
     begun: list[str] = []
     go = threading.Event()
 
     def work(source: Source) -> Prepared:
         begun.append(source.name)
-        if source.name == "1.png":
+        if source.name != "0.png":
             go.wait(5)
         return Prepared(source)
 
-    items = reading.in_order(sources(100), work, 1, 50)
+    items = reading.in_order(sources(100), work, workers, 50)
     next(items)
-    items.close()  # while the second is being read: it does not wait for that
-    assert not go.is_set()
+    while len(begun) < workers + 1:
+        time.sleep(0.001)
+    start = time.monotonic()
+    items.close()
+    assert 0.2 < time.monotonic() - start < 1, "it waits a little for threads that are reading, however many they are"
     go.set()
     deadline = time.monotonic() + 5
     while threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert begun == ["0.png", "1.png"] or begun == ["0.png"]
+    assert sorted(begun, key=lambda name: int(name[:-4])) == [f"{number}.png" for number in range(workers + 1)]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

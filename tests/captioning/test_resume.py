@@ -178,9 +178,11 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(number, code, word, s
     assert result.code == code
     said = result.err.splitlines()
     assert said[-1] == f"error: {word}"
-    assert said[-2] == f"{done()} of {COUNT} are done; the same command with --resume goes on"
+    count, rest = said[-2].split(" ", 1)
+    assert rest == f"of {COUNT} are done; the same command with --resume goes on"
+    assert 0 <= done() - int(count) <= 5, "a batch may be done and not yet counted"
     assert not Path("out").exists()
-    assert not Path("out.lock").exists()
+    assert not Path(".out.lock").exists()
     assert caption(*WORDS, "-o", "out", "--resume").code == 3
     assert (Path("out").read_bytes(), Path("errors").read_bytes()) == expected
 
@@ -433,7 +435,7 @@ def test_a_second_process_is_turned_away_until_the_first_is_dead(start, photos, 
     second = start(*words).wait()
     assert second.code == 4
     assert "another dbcap is at work here" in second.error
-    assert start("photos/a.png", "-o", "out", "--force", "--lock", "out.lock").wait().code == 4
+    assert start("photos/a.png", "-o", "out", "--force", "--lock", ".out.lock").wait().code == 4
     first.signal(signal.SIGKILL)
     first.wait()
     os.unlink("pipe")

@@ -278,7 +278,7 @@ def test_transparent_pixels_take_the_colour_asked_for(caption, work):
         Image.new("RGB", (64, 64), colour).save("plain.png")
         one = caption("clear.png", "--alpha", colour, "--format", "jsonl").rows[0]["captions"]
         assert one == caption("plain.png", "--format", "jsonl").rows[0]["captions"]
-    assert caption("clear.png", "--alpha", "nocolour").error.startswith("'nocolour' is no colour")
+    assert caption("clear.png", "--alpha", "nocolour").error.startswith("--alpha: 'nocolour' is not allowed")
 
 
 def test_max_pixels_and_kinds_of_failure(caption, photos):

@@ -133,7 +133,7 @@ def test_options_come_from_every_place(photos, cli, monkeypatch):
         (["a.png", "--num-beams", "none"], "num_beams|num-beams"),
         (["a.png", "--existing", "sometimes"], "skip, overwrite, append, prepend, error"),
         (["a.png", "--no-such"], "no such option"),
-        (["a.png", "--alpha", "pink"], "'pink' is no colour"),
+        (["a.png", "--alpha", "pink"], "'pink' is not allowed: it must be white, black or #rrggbb"),
     ],
 )
 def test_wrong_usage_is_one_line(words, line, photos, cli):

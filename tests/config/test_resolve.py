@@ -246,6 +246,11 @@ def test_a_combination_that_cannot_work_tells_where_its_parts_come_from(world):
     with pytest.raises(ConfigError) as caught:
         world.resolve().section(CaptionConfig, inputs=("a",))
     assert str(caught.value) == f"--top-p needs --sample; caption.top_p comes from {paths.config_file()}"
+    world.put("user", 'template = "x"')
+    with pytest.raises(
+        ConfigError, match=r"--template has no \{caption\}; caption\.template comes from .*config\.toml"
+    ):
+        world.resolve().section(CaptionConfig, inputs=("a",))
     world.put("user", "num_beams = 1")
     world.options = {"caption.top_p": "0.5"}
     with pytest.raises(ConfigError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,7 @@ from dbcap.errors import InputError
 from dbcap.inputs import Source
 
 JOIN_SECONDS = 1.0
-"""How long the end waits for a thread that is still reading; a slow server may keep it for longer."""
+"""How long the end waits for threads that are still reading; a slow server may keep them for longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,9 @@ def in_order(
             future.cancel()
         for _ in threads:
             jobs.put(None)
+        end = time.monotonic() + JOIN_SECONDS
         for thread in threads:  # one that wakes up while the interpreter shuts down would abort the process
-            thread.join(JOIN_SECONDS)
+            thread.join(max(0.0, end - time.monotonic()))
 
 
 def _work_off(jobs: SimpleQueue[tuple[Source, Future[Prepared]] | None], work: Callable[[Source], Prepared]) -> None:

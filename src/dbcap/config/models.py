@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, MinLen
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from dbcap.config.fields import Section, argument, option
 
@@ -18,7 +18,6 @@ OF_MODEL = "the model's own"
 
 Count = Annotated[int, Ge(1)]
 Text = Annotated[str, MinLen(1)]
-Replacement = Annotated[str, Field(pattern="^[^=]+=")]
 
 
 class CommonConfig(Section):
@@ -132,29 +131,16 @@ class CaptionConfig(ComputeConfig):
         group=OUTPUT,
         unset="with it, unless the input is one file or URL",
     )
-    extension: str = option(
-        ".txt",
-        "Ending of sidecar files.",
-        group=OUTPUT,
-        metavar=".EXT",
-        pattern=r"^\.[^/]+$",
-        takes="an ending with its dot, such as .txt",
-    )
+    extension: str = option(".txt", "Ending of sidecar files.", group=OUTPUT, metavar=".EXT")
     prefix: str = option("", "Put this before each caption.", group=OUTPUT)
     suffix: str = option("", "Put this after each caption.", group=OUTPUT)
     template: str = option(
         "{caption}",
         "Frame of each caption; {caption} and {stem} (of the file name) stand for themselves.",
         group=OUTPUT,
-        pattern=r"\{caption\}",
-        takes="text with {caption} in it",
     )
-    replace: tuple[Replacement, ...] = option(
-        (),
-        "Replace words of the caption; may be repeated.",
-        group=OUTPUT,
-        metavar="OLD=NEW",
-        takes="a list of texts of the form OLD=NEW",
+    replace: tuple[str, ...] = option(
+        (), "Replace words of the caption; may be repeated.", group=OUTPUT, metavar="OLD=NEW"
     )
     resume: bool = option(False, "Go on with an interrupted -o FILE.", group=OUTPUT)
     force: bool = option(False, "Replace an existing -o FILE.", group=OUTPUT)
@@ -179,6 +165,10 @@ class CaptionConfig(ComputeConfig):
             raise ValueError("--length-penalty needs beams, and --sample has none")
         if self.min_length and self.max_length and self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
+        if "{caption}" not in self.template:
+            raise ValueError("--template has no {caption}")
+        if bad := [text for text in self.replace if "=" not in text or text.startswith("=")]:
+            raise ValueError(f"--replace {bad[0]!r} is not of the form OLD=NEW")
         return self
 
     @model_validator(mode="after")
@@ -190,6 +180,8 @@ class CaptionConfig(ComputeConfig):
             raise ValueError("--resume needs -o FILE")
         if self.resume and self.force:
             raise ValueError("--resume and --force exclude each other")
+        if not self.extension.startswith(".") or "/" in self.extension or len(self.extension) < 2:
+            raise ValueError(f"--extension {self.extension!r} must begin with a dot, as in .txt")
         return self
 
 
