@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -135,7 +136,12 @@ def _same_file(file: IO[bytes], path: Path) -> bool:
 
 def folder_size(folder: Path) -> tuple[int, int]:
     """Return the number of files below a folder and their bytes; a link counts as nothing."""
-    sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
+    sizes = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # somebody else at work may remove a file of theirs
+                state = os.lstat(os.path.join(parent, name))
+                sizes += [state.st_size] * stat.S_ISREG(state.st_mode)
     return len(sizes), sum(sizes)
 
 

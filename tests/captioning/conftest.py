@@ -143,11 +143,10 @@ for line in sys.stdin:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (order["most"], order["most"]))
             code = run(order["words"])
-            sys.stdout.flush()
-            os._exit(code)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
-            os._exit(99)
+            code = 99
+        sys.exit(code)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

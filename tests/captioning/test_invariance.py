@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import dbcap_starter
+from dbcap.captioning.captioner import TransformersCaptioner
 from dbcap.captioning.decoding import Decoding
 from dbcap.testing.models import write_tiny, write_tiny_blip, write_tiny_git
 
@@ -160,6 +161,29 @@ def test_bfloat16_rows_do_not_depend_on_order_workers_or_failures_between(captio
     result = caption(*between, *words)
     assert result.code == 3
     assert sorted(result.out.splitlines()) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_batches_of_a_run_have_one_shape(dtype, caption, many, monkeypatch):
+    """The last one too, and those that failed inputs leave gaps in; few inputs make a small shape."""
+    shapes: list[tuple[int, ...]] = []
+    original = TransformersCaptioner.generate
+
+    def generate(self: TransformersCaptioner, pixels: np.ndarray, options: Any, seeds: Any) -> Any:
+        shapes.append(pixels.shape)
+        assert len(seeds) == len(pixels)
+        return original(self, pixels, options, seeds)
+
+    monkeypatch.setattr(TransformersCaptioner, "generate", generate)
+    caption("many", "--batch-size", "4", "--dtype", dtype)
+    assert shapes == [(4, 3, 64, 64)] * 4
+    shapes.clear()
+    Path("many/05.png").write_text("no picture")
+    caption("many", "none.png", "--batch-size", "64", "--dtype", dtype)
+    assert shapes == [(15, 3, 64, 64)]
+    shapes.clear()
+    caption("many/01.png", "many/02.png", "--batch-size", "64", "--dtype", dtype)
+    assert shapes == [(2, 3, 64, 64)]
 
 
 def test_copies_of_an_image_get_the_same_caption(caption, many):

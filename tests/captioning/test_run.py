@@ -320,7 +320,6 @@ def test_what_needs_no_model_loads_none(words, code, line, output, caption, work
 
 
 def test_nothing_to_caption_is_fast(start, work):
-    began = time.monotonic()
     start("none.png").wait()  # the first may start the helper process
     began = time.monotonic()
     assert start("none.png").wait().code == 3
