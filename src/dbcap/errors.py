@@ -63,9 +63,11 @@ class InputError(DbcapError):
 class Interrupted(BaseException):
     """A signal asked us to stop. Like KeyboardInterrupt it is no Exception: `except Exception` must not swallow it."""
 
-    def __init__(self, exit_code: int = SIGINT) -> None:
+    def __init__(self, exit_code: int = SIGINT, state: str = "") -> None:
         super().__init__(exit_code)
         self.exit_code = exit_code
+        self.state = state
+        """What is done, and what goes on from there."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from dbcap.errors import DbcapError, LockHeldError
+from dbcap.errors import DbcapError, LockHeldError, UsageError
 
 if sys.platform == "win32":
     import msvcrt
@@ -75,6 +75,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def write_stdout(data: bytes) -> None:
+    """Write data to stdout at once. Raises BrokenPipeError when the reader has gone, DbcapError when nothing can be."""
+    if sys.stdout is None:
+        raise DbcapError("stdout is closed", "send it to a file or to /dev/null")
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DbcapError(f"cannot write to stdout: {error.strerror}", "make room, or send it elsewhere") from error
+
+
 class Lock:
     """An exclusive lock on the file `path`, released by the system when the process dies.
 
@@ -101,7 +115,7 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         except OSError as error:
-            raise DbcapError(f"cannot open the lock file {self.path}: {error.strerror}") from error
+            raise UsageError(f"cannot open the lock file {self.path}: {error.strerror}") from error
         try:
             if sys.platform == "win32":
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -132,6 +146,14 @@ def _same_file(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+def working_folder() -> str:
+    """Return the current folder. Raises UsageError when it has been deleted: neither names nor torch work there."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder does not exist any more", "change to another") from None
 
 
 def folder_size(folder: Path) -> tuple[int, int]:

@@ -107,6 +107,8 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
         known = response.status in http.HTTPStatus.__members__.values()
         phrase = f" {http.HTTPStatus(response.status).phrase}" if known else ""
         raise InputError(f"the server answered {response.status}{phrase}", "check the URL", kind="url-status")
+    if response.getheader("Content-Encoding", "identity").lower() not in ("", "identity"):
+        raise InputError("the server compresses what it sends, unasked", "download the image first", kind="url")
     body = bytearray()
     expected = response.length  # None for a chunked answer, whose end is marked
     while expected is None or len(body) < expected:

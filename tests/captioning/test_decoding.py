@@ -106,7 +106,7 @@ def test_what_cannot_work_is_refused_by_name(defaults, can, options, words):
         ({"num_captions": 0}, "greater than or equal to 1"),
         ({"max_length": 0}, "greater than or equal to 1"),
         ({"top_p": 1.5, "sample": True}, "less than or equal to 1"),
-        ({"temperature": 0.0, "sample": True}, "greater than 0"),
+        ({"temperature": 0.0, "sample": True}, "greater than or equal to 0.01"),
     ],
 )
 def test_what_no_model_can_do_is_refused_without_one(options, words):

@@ -101,7 +101,7 @@ def test_low_precision_is_bitwise_the_same_at_every_place(model, dtype, decoding
     """At one batch shape: whatever the other rows hold, wherever the row is, in the last batch that is filled up."""
     loaded = load(folders[model], dtype)
     pixels = np.stack([loaded.prepare(picture) for picture in pictures])
-    for size in (1, 3, 8):
+    for size in (1, 5) if decoding is GREEDY else (3,):
         first = in_batches(loaded, pixels, list(range(len(pixels))), size, decoding)
         assert len({row[0][0] for row in first}) > 3, "the model says the same of everything"
         assert in_batches(loaded, pixels, shuffled(len(pixels), size), size, decoding) == first

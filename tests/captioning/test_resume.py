@@ -20,6 +20,7 @@ from dbcap.inputs import Source
 BAD = (3, 17, 24, 25, 26, 27, 28, 29, 51)
 COUNT = 60
 WORDS = ["many", "--batch-size", "4", "--errors", "errors"]
+ROWS, LOG = Path("out.partial"), Path("out.partial.json")
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +72,27 @@ def done(name: str = "out") -> int:
     return journal.read().done if journal.partial.exists() and journal.state.exists() else 0
 
 
-@pytest.fixture
-def killed(start, many, until) -> Callable[..., None]:
-    """Return a function that kills a run with these words after some images."""
+@pytest.fixture(scope="module")
+def left() -> dict[tuple[str, ...], tuple[Path, bytes, bytes]]:
+    """What runs that were killed have left: where, FILE.partial and its journal."""
+    return {}
 
-    def call(*words: str, after: int = 20, number: int = signal.SIGKILL) -> None:
-        running = start(*WORDS, "-o", "out", *words)
-        until(lambda: done() >= after or not running.alive())
-        running.signal(number)
-        assert running.wait().code == -number
-        assert after <= done() < COUNT
+
+@pytest.fixture
+def killed(start, many, until, left) -> Callable[..., None]:
+    """Return a function that leaves here what a run with these words left that was killed after some images."""
+
+    def call(*words: str) -> None:
+        if words not in left:
+            running = start(*WORDS, "-o", "out", *words)
+            until(lambda: done() >= 20 or not running.alive())
+            running.signal(signal.SIGKILL)
+            assert running.wait().code == -signal.SIGKILL
+            left[words] = Path.cwd(), ROWS.read_bytes(), LOG.read_bytes()
+        folder, rows, log = left[words]
+        ROWS.write_bytes(rows)
+        LOG.write_bytes(log.replace(json.dumps(str(folder)).encode(), json.dumps(str(Path.cwd())).encode()))
+        assert 20 <= done() < COUNT
         assert not Path("out").exists()
 
     return call
@@ -137,9 +149,6 @@ def more(path: Path, data: bytes) -> None:
 
 def less(path: Path, count: int) -> None:
     os.truncate(path, max(0, path.stat().st_size - count))
-
-
-ROWS, LOG = Path("out.partial"), Path("out.partial.json")
 
 
 @pytest.mark.parametrize(

@@ -250,9 +250,29 @@ def test_closed_and_full_streams_are_no_fault_of_ours(bash):
     assert result.out.split() == ["1", "1", "1", "2", "false", "0"]
     assert result.err.splitlines() == [
         "error: stdout is closed; send it to a file or to /dev/null",
-        "error: No space left on device",
+        "error: cannot write to stdout: No space left on device; make room, or send it elsewhere",
         "error: No space left on device",
     ]
+
+
+def test_a_stderr_that_is_full_does_not_change_the_exit_code(bash):
+    assert bash("dbcap config get zzz 2>/dev/full; echo $?").out == "2\n"
+
+
+def test_a_log_is_not_added_to_what_is_no_text(cli, tmp_path):
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    result = cli("config", "show", "--log-file", str(picture))
+    assert (result.code, result.out) == (2, "")
+    assert "is no text file" in result.err
+    assert picture.read_bytes() == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+
+
+def test_in_a_deleted_folder_settings_work_and_captions_say_why_not(bash):
+    result = bash("mkdir d; cd d; rmdir ../d; dbcap config get caption.seed; dbcap caption x.png; echo $?")
+    assert result.out == "0\n2\n"
+    errors = [line for line in result.err.splitlines() if not line.startswith("sh: ")]  # the shell complains itself
+    assert errors == ["error: the current folder does not exist any more; change to another"]
 
 
 # ---- completion

@@ -68,6 +68,10 @@ def test_on_a_terminal_there_is_progress_and_elsewhere_none(photos, on_terminal)
     assert "images/s" in shown or "3/3" in shown
     assert "3 captioned, 0 failed: out" in shown
     assert Path("out").read_text().count("\n") == 3
+    code, shown = on_terminal("-m", "dbcap", "caption", "a.png", "none.png", "-h", "--profile", "starter")
+    assert code == 3
+    assert "Captioning" not in shown, "the bar would stand in the line of a caption"
+    assert CAKE in shown.splitlines()
 
 
 # ---- the default model, from a hub

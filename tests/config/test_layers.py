@@ -61,7 +61,7 @@ def test_values_are_converted(key, raw, value):
         ("caption.num_beams", True, "true", "an integer"),
         ("caption.batch_size", True, "true", "auto or an integer of at least 1"),
         ("caption.batch_size", "", "''", "auto or an integer of at least 1"),
-        ("caption.temperature", "nan", "'nan'", "a number above 0"),
+        ("caption.temperature", "nan", "'nan'", "a number of at least 0.01 and of at most 100"),
         ("caption.length_penalty", "inf", "'inf'", "a number"),
         ("caption.length_penalty", float("nan"), "NaN", "a number"),
         ("caption.top_p", 1.5, "1.5", "a number above 0 and of at most 1"),
@@ -215,6 +215,12 @@ def test_keys_can_be_skipped(file):
     assert from_file(file("a.toml", "profile = 'x'\nquiet = true"), "o", skip=("profile",)).values == {"quiet": True}
 
 
+def test_a_mark_of_utf_8_before_a_file_is_no_mistake(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbf[caption]\r\nseed = 7\r\n")
+    assert from_file(path, "o").values == {"caption.seed": 7}
+
+
 # ---- environment
 
 
@@ -222,7 +228,8 @@ def test_variables_set_keys_and_tables(monkeypatch):
     monkeypatch.setenv("DBCAP_QUIET", "true")
     monkeypatch.setenv("DBCAP_CAPTION__NUM_BEAMS", "4")
     monkeypatch.setenv("DBCAP_CAPTION__REPLACE", '["a=b", "c=d"]')
-    monkeypatch.setenv("DBCAP_CAPTION__PREFIX", "")
+    monkeypatch.setenv("DBCAP_CAPTION__PREFIX", "")  # a text may be empty
+    monkeypatch.setenv("DBCAP_CAPTION__MAX_LENGTH", "")  # a number cannot: the variable was cleared
     assert from_environment().values == {
         "quiet": True,
         "caption.num_beams": 4,

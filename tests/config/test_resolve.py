@@ -281,3 +281,13 @@ def test_without_it_the_systems_folders_are_used(home, monkeypatch):
     assert paths.config_file() == Path(os.environ["XDG_CONFIG_HOME"]) / "dbcap" / "config.toml"
     assert paths.cache_dir() == Path(os.environ["XDG_CACHE_HOME"]) / "dbcap"
     assert paths.data_dir() == Path(os.environ["XDG_DATA_HOME"]) / "dbcap"
+
+
+@pytest.mark.parametrize(
+    "make", [Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to("/dev/zero")]
+)
+def test_a_settings_file_that_is_none_is_not_passed_over(make, home):
+    paths.config_file().parent.mkdir(parents=True, exist_ok=True)
+    make(paths.config_file())
+    with pytest.raises(ConfigError, match=r"config\.toml is no file"):
+        resolve(Given())

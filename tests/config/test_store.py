@@ -41,7 +41,7 @@ VALUES = {
     "caption.sample": ("true", True),
     "caption.top_p": ("0.9", 0.9),
     "caption.top_k": ("0", 0),
-    "caption.temperature": ("1e-3", 0.001),
+    "caption.temperature": ("2e-2", 0.02),
     "caption.num_captions": ("3", 3),
     "caption.seed": (str(2**64 - 1), 2**64 - 1),
     "caption.format": ("jsonl", "jsonl"),

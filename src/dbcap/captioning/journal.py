@@ -118,6 +118,12 @@ class Journal:
             sync_folder(self.output.parent)
             self.state.unlink()
 
+    def forget(self) -> None:
+        """Remove both files of a run that has nothing to go on from."""
+        with contextlib.suppress(OSError):
+            self.partial.unlink()
+            self.state.unlink()
+
     def tidy(self) -> None:
         """Remove what a run leaves that is killed at the very end, when FILE has its name already."""
         with contextlib.suppress(OSError):

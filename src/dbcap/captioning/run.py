@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -18,9 +19,9 @@ from dbcap.captioning.journal import Failure, Journal, Progress
 from dbcap.captioning.records import LINE_FORMATS, Placed
 from dbcap.captioning.xmp import Xmp
 from dbcap.config.models import CaptionConfig, CommonConfig
-from dbcap.errors import OK, PARTIAL, DbcapError, InputError, Interrupted, UsageError, did_you_mean
-from dbcap.events import Events, Tracker
-from dbcap.files import Lock, lock_beside
+from dbcap.errors import OK, PARTIAL, SIGINT, DbcapError, InputError, Interrupted, UsageError, did_you_mean
+from dbcap.events import Events, Silent, Tracker
+from dbcap.files import Lock, lock_beside, working_folder
 from dbcap.inputs import Found, Source, shown
 from dbcap.plugins import loader
 from dbcap.plugins.api import Candidate, Record, Writer
@@ -43,6 +44,7 @@ class CaptionReport:
     failed: int = 0
     skipped: int = 0
     output: str | None = None
+    """The file; empty for places beside the images, None for stdout, where the captions speak for themselves."""
     note: str = ""
 
     @property
@@ -55,7 +57,7 @@ class CaptionReport:
         """One line for stderr; empty where the captions themselves say it all."""
         if self.note:
             return self.note
-        if not (self.failed or self.skipped or self.output):
+        if self.output is None and not (self.failed or self.skipped):
             return ""
         parts = [f"{self.captioned} captioned", f"{self.failed} failed"]
         if self.skipped:
@@ -79,6 +81,7 @@ class Job:
 
 def run(config: CaptionConfig, common: CommonConfig, events: Events) -> CaptionReport:
     """Caption images as `dbcap caption` does. Raises DbcapError; failed inputs are counted in the report."""
+    working_folder()
     images.parse_colour(config.alpha)
     _check_format(config.format)
     with ExitStack() as stack:
@@ -104,6 +107,8 @@ def _plan(config: CaptionConfig, events: Events, stack: ExitStack) -> Job | Capt
     if config.lock:
         stack.enter_context(Lock(Path(config.lock)))
     write = None if placed else sinks.stream_target(config.output, stack)
+    if config.output and config.errors and os.path.realpath(config.output) == os.path.realpath(config.errors):
+        raise UsageError(f"-o and --errors name the same file {shown(config.output)}", "name another")
     errors = sinks.ErrorLog(config.errors, stack)
     if placed or write:
         found = _discover(config, events)
@@ -135,6 +140,7 @@ def _found_since(source: Source) -> Source:
 def _discover(config: CaptionConfig, events: Events) -> Found:
     stdin = getattr(sys.stdin, "buffer", None)  # there is no stdin where it was closed
     found = inputs.discover(config.inputs, recursive=config.recursive, null=config.null, stdin=stdin)
+    _refuse_to_overwrite_inputs(config, found.sources)
     for name in found.empty:
         events.say(f"{shown(name)}: nothing to caption there")
     if found.ignored:
@@ -142,6 +148,31 @@ def _discover(config: CaptionConfig, events: Events) -> Found:
             f"left out {found.ignored} file{' that is no picture' if found.ignored == 1 else 's that are no pictures'}"
         )
     return found
+
+
+def _refuse_to_overwrite_inputs(config: CaptionConfig, sources: Sequence[Source]) -> None:
+    """Raise UsageError where a file that we would write is one of the images."""
+    written: dict[tuple[int, int], str] = {}
+    for flag, name in (("-o", config.output), ("--errors", config.errors), ("--lock", config.lock)):
+        if name and (identity := _identity(name)):
+            if identity in written:
+                raise UsageError(f"{written[identity]} and {flag} name the same file {shown(name)}", "name another")
+            written[identity] = flag
+    for source in sources if written else ():
+        flag = "" if source.is_url else written.get(_identity(source.name) or (0, 0), "")
+        if flag:
+            raise UsageError(
+                f"{flag} would write into {shown(source.name)}, which is to be captioned", "name another file"
+            )
+
+
+def _identity(name: str) -> tuple[int, int] | None:
+    """Return what tells a regular file from all others, whatever its name."""
+    try:
+        state = os.stat(name)
+    except (OSError, ValueError):
+        return None
+    return (state.st_dev, state.st_ino) if stat.S_ISREG(state.st_mode) else None
 
 
 def _placed(config: CaptionConfig) -> Placed | None:
@@ -212,7 +243,7 @@ class _Run:
             prepared = (_failed(source) for source in job.todo)
         job.errors.start(earlier)
         self._caption_all(prepared)
-        output = config.output if config.output not in (None, "-") else None
+        output = "" if job.placed else config.output if config.output != "-" else None
         return CaptionReport(self._captioned, self._failed, job.existing, output)
 
     def _load(self) -> None:
@@ -249,7 +280,7 @@ class _Run:
         text = ("format", "with_filename", "prefix", "suffix", "template", "replace", "alpha", "max_pixels", "seed")
         return {
             "inputs": list(config.inputs),
-            "folder": os.getcwd(),
+            "folder": working_folder(),
             "model": self._local.spec.text,
             "revision": self._local.revision,
             "device": self._choice.device.partition(":")[0],
@@ -295,25 +326,31 @@ class _Run:
             return reading.prepare(source, self._config, self._captioner.prepare)
 
         ahead = self._config.workers + 2 * self._batch_size
-        return reading.in_order(self._job.todo, work, self._config.workers, ahead)
+        return reading.in_order(self._job.todo, work, min(self._config.workers, len(self._job.todo)), ahead)
 
     def _caption_all(self, prepared: Generator[Prepared]) -> None:
         from dbcap.captioning import reading
 
         total = self._done + len(self._job.todo)
         try:
-            with closing(prepared), self._events.track("Captioning", len(self._job.todo)) as tracker:
+            with closing(prepared), self._talk().track("Captioning", len(self._job.todo)) as tracker:
                 for group in reading.groups(prepared, self._batch_size):
                     self._do(group, tracker)
             self._sink.finish()
-        except (KeyboardInterrupt, Interrupted):
+        except (KeyboardInterrupt, Interrupted) as error:
             self._sink.close()
-            again = "; the same command with --resume goes on" if self._job.journal else ""
-            self._events.say(f"{self._done} of {total} are done{again}")
-            raise
+            again = "; the same command with --resume goes on" if self._job.journal and self._done else ""
+            if self._job.journal and not self._done:
+                self._job.journal.forget()
+            code = error.exit_code if isinstance(error, Interrupted) else SIGINT
+            raise Interrupted(code, f"{self._done} of {total} are done{again}") from None
         except BaseException:
             self._sink.close()
             raise
+
+    def _talk(self) -> Events:
+        """Return whom to tell about progress: a bar and captions on one terminal would write into each other."""
+        return Silent() if self._job.write and sinks.on_terminal(self._job.write) else self._events
 
     def _do(self, group: Sequence[Prepared], tracker: Tracker) -> None:
         """Caption one batch, write it, and report what failed."""
@@ -361,7 +398,15 @@ class _Run:
         missing = 0 if self._decoding.sample else self._batch_size - len(good)
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
         seeds += seeds[-1:] * missing
-        found = self._captioner.generate(pixels, self._decoding.as_dict(), seeds)
+        try:
+            found = self._captioner.generate(pixels, self._decoding.as_dict(), seeds)
+        except (MemoryError, RuntimeError) as error:  # torch's word for it is a RuntimeError on CPU and GPU
+            if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
+                raise
+            what = f"{len(pixels)} images x {self._decoding.num_beams} beams"
+            raise DbcapError(
+                f"there is not enough memory for {what}", "use a smaller --batch-size or fewer beams"
+            ) from error
         if len(found) != len(pixels):
             raise DbcapError(f"{self._config.model} gave {len(found)} captions for a batch of {len(pixels)} images")
         return [self._record(item, candidates) for item, candidates in zip(good, found, strict=False)]

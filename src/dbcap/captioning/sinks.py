@@ -15,7 +15,7 @@ from typing import IO, Any, Protocol
 from dbcap.captioning.journal import Failure, Journal, Progress
 from dbcap.captioning.records import Existing, Placed, json_bytes
 from dbcap.errors import DbcapError, InputError, UsageError
-from dbcap.files import lock_beside
+from dbcap.files import lock_beside, write_stdout
 from dbcap.inputs import Source, shown
 from dbcap.plugins.api import Record, Writer
 
@@ -126,7 +126,7 @@ def stream_target(name: str | None, stack: ExitStack) -> Callable[[bytes], None]
     """Return how to write to stdout or to a file that is none (a pipe, a device); None for a regular or new file."""
     number = 1 if name in (None, "-") else _descriptor(str(name))
     if number == 1:
-        return _to_stdout
+        return write_stdout
     try:
         if number is None:
             mode = os.stat(str(name)).st_mode
@@ -143,7 +143,7 @@ def stream_target(name: str | None, stack: ExitStack) -> Callable[[bytes], None]
         raise UsageError("-o '' names no file", "name one, or leave -o out") from None
     except OSError as error:
         raise UsageError(f"cannot write {name}: {error.strerror}") from error
-    return lambda data: _write_all(file, data)
+    return lambda data: _write_all(file, data, str(name))
 
 
 def _descriptor(name: str) -> int | None:
@@ -154,16 +154,20 @@ def _descriptor(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _write_all(file: Any, data: bytes) -> None:
+def _write_all(file: Any, data: bytes, name: str) -> None:
     view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    try:
+        while view:
+            view = view[file.write(view) :]
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DbcapError(f"cannot write {name}: {error.strerror}", "make room, or write elsewhere") from error
 
 
-def _to_stdout(data: bytes) -> None:
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+def on_terminal(write: Callable[[bytes], None]) -> bool:
+    """Tell whether this way of a stream leads to a terminal."""
+    return write is write_stdout and sys.stdout is not None and sys.stdout.isatty()
 
 
 def open_journal(name: str, *, resume: bool, force: bool, locked: bool, stack: ExitStack) -> Journal | None:
@@ -211,8 +215,10 @@ class ErrorLog:
         self._name = name
         self._file: IO[bytes] | None = None
         if name:
-            with self._said_plainly():
+            try:
                 self._file = stack.enter_context(open(name, "ab", buffering=0))  # noqa: SIM115 - likewise
+            except OSError as error:
+                raise UsageError(f"cannot write --errors {name}: {error.strerror}") from error
 
     def start(self, failures: Iterable[Failure]) -> None:
         """Replace the content by the failures of an interrupted run."""
@@ -227,8 +233,8 @@ class ErrorLog:
         """Write one failed input at once."""
         if self._file:
             path, kind, message = failure
-            with self._said_plainly():
-                _write_all(self._file, json_bytes({"path": path, "kind": kind, "message": message}) + b"\n")
+            line = json_bytes({"path": path, "kind": kind, "message": message}) + b"\n"
+            _write_all(self._file, line, f"--errors {self._name}")
 
     @contextmanager
     def _said_plainly(self) -> Iterator[None]:

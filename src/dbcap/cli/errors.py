@@ -29,8 +29,8 @@ def explain(error: BaseException, terminal: Terminal) -> int:
     if isinstance(error, BrokenPipeError):
         return _nobody_reads()
     if isinstance(error, KeyboardInterrupt | Interrupted):
-        code = error.exit_code if isinstance(error, Interrupted) else SIGINT
-        terminal.error("terminated" if code == SIGTERM else "interrupted")
+        code, state = (error.exit_code, error.state) if isinstance(error, Interrupted) else (SIGINT, "")
+        terminal.error(("terminated" if code == SIGTERM else "interrupted") + (f": {state}" if state else ""))
         return code
     if isinstance(error, _UsageProblem):
         if type(error).__name__ == "NoArgsIsHelpError":

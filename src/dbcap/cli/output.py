@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,22 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbcap.errors import ConfigError, DbcapError
+from dbcap.errors import ConfigError
+from dbcap.files import write_stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
     from dbcap.config.models import CommonConfig
-
-
-def write_stdout(data: bytes) -> None:
-    """Write data to stdout at once. Raises BrokenPipeError when the reader has gone."""
-    if sys.stdout is None:
-        raise DbcapError("stdout is closed", "send it to a file or to /dev/null")
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -85,17 +78,19 @@ class Terminal:
 
     def _line(self, message: str, style: str, shown: bool = True) -> None:
         text = printable(message)
-        if self._log:
-            self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
-            self._log.flush()
+        with contextlib.suppress(OSError):  # that nobody can be told must not change what the run does
+            if self._log:
+                self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+                self._log.flush()
         if not shown or sys.stderr is None:
             return
-        if self.live or _is_terminal(sys.stderr):
-            console = self.live or stderr_console()
-            console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
-        else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            if self.live or _is_terminal(sys.stderr):
+                console = self.live or stderr_console()
+                console.print(text, style=style or None, markup=False, highlight=False, soft_wrap=True)
+            else:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
 
     def track(self, title: str, total: int | None, unit: str = "images") -> _Bar | _Counter:
         return _Bar(self, title, total, unit) if self._progress else _Counter()
@@ -185,8 +180,11 @@ def printable(message: str) -> str:
 
 
 def _open_log(name: str) -> Any:
+    path = Path(name)
     try:
-        return Path(name).open("a", encoding="utf-8")
+        if path.is_file() and b"\0" in path.open("rb").read(4096):
+            raise ConfigError(f"--log-file {name} is no text file", "name another; an existing log is added to")
+        return path.open("a", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write --log-file {name}: {error.strerror}") from error
 

@@ -92,6 +92,11 @@ def is_switch(field: FieldInfo) -> bool:
     return members(field.annotation) == (bool,)
 
 
+def is_text(field: FieldInfo) -> bool:
+    """Tell whether an empty text is a value like any other."""
+    return str in members(field.annotation)
+
+
 def is_list(field: FieldInfo) -> bool:
     """Tell whether the option may be given several times."""
     return any(get_origin(m) is tuple for m in members(field.annotation))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
 
-from dbcap.config.fields import PREFIX, allowed, choices, cli_of, is_list, is_switch, variable_of
+from dbcap.config.fields import PREFIX, allowed, choices, cli_of, is_list, is_switch, is_text, variable_of
 from dbcap.config.models import SECTIONS, CommonConfig
 from dbcap.errors import ConfigError, did_you_mean
 
@@ -160,6 +160,8 @@ def from_environment() -> Layer:
 
     _refuse_misspelt_variables()
     values = {key: raw for key, raw in _flat(EnvSettingsSource(_store())(), "environment") if raw is not None}
+    for key in [key for key, raw in values.items() if raw == "" and not is_text(field_of(key, "environment"))]:
+        del values[key]  # scripts clear a variable by making it empty
     return Layer("environment", {key: checked(key, raw, variable_of(key)) for key, raw in values.items()})
 
 
@@ -203,12 +205,17 @@ def read_file(path: Path) -> Mapping[str, Any]:
     import yaml
     from pydantic_settings import TomlConfigSettingsSource, YamlConfigSettingsSource
 
+    class Toml(TomlConfigSettingsSource):
+        def _read_file(self, file_path: Any) -> dict[str, Any]:
+            return tomllib.loads(file_path.read_bytes().decode("utf-8-sig"))  # some editors put a BOM before
+
     try:
         if not path.is_file():
-            raise ConfigError(f"there is no configuration file {path}")
+            what = f"{path} is no file" if os.path.lexists(path) else f"there is no configuration file {path}"
+            raise ConfigError(what)
         if path.suffix.lower() in (".yaml", ".yml"):
             return YamlConfigSettingsSource(_store(), yaml_file=path).yaml_data
-        return TomlConfigSettingsSource(_store(), toml_file=path).toml_data
+        return Toml(_store(), toml_file=path).toml_data
     except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid: {' '.join(str(error).split())}") from error
     except (TypeError, ValueError, AttributeError) as error:  # YAML that is a list, a word, or has numbers for keys

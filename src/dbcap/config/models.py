@@ -17,6 +17,7 @@ COMPUTE = "Model and device"
 OF_MODEL = "the model's own"
 
 Count = Annotated[int, Ge(1)]
+MOST = 256  # beams, candidates, threads: more is a slip of the finger, and takes all memory
 Text = Annotated[str, MinLen(1)]
 
 
@@ -72,7 +73,7 @@ class CaptionConfig(ComputeConfig):
     url_timeout: float = option(30.0, "Seconds that fetching a URL may take.", group=READING, gt=0)
     url_max_mb: Count = option(64, "Megabytes that a URL may hold.", group=READING)
     workers: int = option(
-        2, "Threads that read and prepare images beside the model; 0 does it in turn.", group=READING, ge=0
+        2, "Threads that read and prepare images beside the model; 0 does it in turn.", group=READING, ge=0, le=MOST
     )
 
     model: Text = option(
@@ -84,21 +85,21 @@ class CaptionConfig(ComputeConfig):
     )
     prompt: str | None = option(None, "Text that the caption begins with (BLIP and GIT).", group=COMPUTE)
 
-    num_beams: Count | None = option(
-        None, "Beams of the search; 1 is greedy.", group=DECODING, unset=f"{OF_MODEL}, else 1"
+    num_beams: int | None = option(
+        None, "Beams of the search; 1 is greedy.", ge=1, le=MOST, group=DECODING, unset=f"{OF_MODEL}, else 1"
     )
     max_length: Count | None = option(
         None, "Most tokens of a caption, the start token included.", group=DECODING, unset=f"{OF_MODEL}, else 16"
     )
     min_length: int | None = option(None, "Fewest tokens of a caption.", group=DECODING, ge=0, unset=OF_MODEL)
     length_penalty: float | None = option(
-        None, "Beams: above 0 favours longer captions.", group=DECODING, unset=OF_MODEL
+        None, "Beams: above 0 favours longer captions.", ge=-100, le=100, group=DECODING, unset=OF_MODEL
     )
     no_repeat_ngram_size: int | None = option(
         None, "No run of this many tokens stands twice; 0 allows it.", group=DECODING, ge=0, unset=OF_MODEL
     )
     repetition_penalty: float | None = option(
-        None, "Above 1 makes tokens that stand already less likely.", group=DECODING, gt=0, unset=OF_MODEL
+        None, "Above 1 makes tokens that stand already less likely.", group=DECODING, ge=0.01, le=100, unset=OF_MODEL
     )
     sample: bool = option(False, "Draw captions instead of searching for the best.", group=DECODING)
     top_p: float | None = option(
@@ -107,8 +108,10 @@ class CaptionConfig(ComputeConfig):
     top_k: int | None = option(
         None, "Sampling: this many most likely tokens; 0 means all.", group=DECODING, ge=0, unset=OF_MODEL
     )
-    temperature: float | None = option(None, "Sampling: above 1 is more random.", group=DECODING, gt=0, unset=OF_MODEL)
-    num_captions: Count = option(1, "Candidates for each image, best first.", group=DECODING)
+    temperature: float | None = option(
+        None, "Sampling: above 1 is more random.", group=DECODING, ge=0.01, le=100, unset=OF_MODEL
+    )
+    num_captions: int = option(1, "Candidates for each image, best first.", ge=1, le=MOST, group=DECODING)
     seed: int = option(
         0, "Seed of sampling; each image draws by (seed, its content).", group=DECODING, ge=0, le=2**64 - 1
     )

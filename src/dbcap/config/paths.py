@@ -38,4 +38,7 @@ def cache_dir() -> Path:
 
 def project_file() -> Path:
     """Return the project's `dbcap.toml`, in the current folder."""
-    return Path.cwd() / PROJECT_FILE
+    try:
+        return Path.cwd() / PROJECT_FILE
+    except FileNotFoundError:  # the current folder has been deleted: there is nothing in it
+        return Path(PROJECT_FILE)

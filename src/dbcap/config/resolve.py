@@ -78,7 +78,7 @@ def resolve(given: Given, *, files: bool = True) -> Settings:
 def active_profile() -> str:
     """Return the profile made active by `dbcap profile use`, or an empty string."""
     path = config_file()
-    if not path.is_file():
+    if not os.path.lexists(path):
         return ""
     name = read_file(path).get(PROFILE_KEY, "")
     if not isinstance(name, str):
@@ -93,11 +93,11 @@ def _files(given: Given) -> list[Layer]:
         layers.append(from_file(Path(given.config), f"--config {given.config}"))
     if named := given.profile or os.environ.get("DBCAP_PROFILE", ""):
         layers.append(profiles.load(named, "named"))
-    if project_file().is_file():
+    if os.path.lexists(project_file()):
         layers.append(from_file(project_file(), str(project_file())))
     if active := active_profile():
         layers.append(profiles.load(active, "active"))
-    if config_file().is_file():
+    if os.path.lexists(config_file()):
         layers.append(from_file(config_file(), str(config_file()), skip=(PROFILE_KEY,)))
     return layers
 

@@ -52,7 +52,9 @@ def _put(document: tomlkit.TOMLDocument, key: str, value: Any, path: Path) -> No
 
 def _read(path: Path) -> tomlkit.TOMLDocument:
     try:
-        return tomlkit.parse(path.read_bytes().decode()) if path.exists() else tomlkit.document()  # keeps CRLF
+        return (
+            tomlkit.parse(path.read_bytes().decode("utf-8-sig")) if path.exists() else tomlkit.document()
+        )  # keeps CRLF
     except (TOMLKitError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid: {error}", "mend it with `dbcap config edit`") from error
     except OSError as error:
@@ -67,7 +69,8 @@ def _write(path: Path, document: tomlkit.TOMLDocument) -> None:
     except UnicodeDecodeError as error:
         raise ConfigError(f"cannot write {path}: a settings file is UTF-8, and this value is not") from error
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+        reason = f"{path.parent} is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise ConfigError(f"cannot write {path}: {reason}") from error
 
 
 def use_profile(name: str | None) -> None:
