@@ -339,14 +339,22 @@ class _Run:
             self._sink.finish()
         except (KeyboardInterrupt, Interrupted) as error:
             self._sink.close()
-            again = "; the same command with --resume goes on" if self._job.journal and self._done else ""
-            if self._job.journal and not self._done:
-                self._job.journal.forget()
             code = error.exit_code if isinstance(error, Interrupted) else SIGINT
-            raise Interrupted(code, f"{self._done} of {total} are done{again}") from None
+            raise Interrupted(code, self._state(total)) from None
         except BaseException:
             self._sink.close()
             raise
+
+    def _state(self, total: int) -> str:
+        """Say what an interruption leaves; a journal without anything done is removed."""
+        journal, done, again = self._job.journal, self._done, ""
+        if journal and journal.exists():
+            done = journal.read().done  # a batch may be on disk and not yet counted
+            if done:
+                again = "; the same command with --resume goes on"
+            else:
+                journal.forget()
+        return f"{done} of {total} are done{again}"
 
     def _talk(self) -> Events:
         """Return whom to tell about progress: a bar and captions on one terminal would write into each other."""
