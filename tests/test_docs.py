@@ -84,10 +84,10 @@ def test_every_option_is_on_the_page_of_its_command():
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way) or "dbcap")
 def test_the_help_is_as_it_was(way):
-    golden(GOLDEN / "help" / f"{'-'.join(way) or 'dbcap'}.txt", generate.help_of(*way) + "\n")
+    check_golden(GOLDEN / "help" / f"{'-'.join(way) or 'dbcap'}.txt", generate.help_of(*way) + "\n")
 
 
-def golden(path: Path, text: str) -> None:
+def check_golden(path: Path, text: str) -> None:
     if UPDATE:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")

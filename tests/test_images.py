@@ -807,7 +807,7 @@ def seeds() -> dict[str, bytes]:
 SEEDS = seeds()
 
 
-def read_hostile(data: bytes) -> None:
+def check_hostile(data: bytes) -> None:
     failure = picture = None
     with silent_stderr():
         try:
@@ -824,7 +824,7 @@ def read_hostile(data: bytes) -> None:
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.binary(max_size=400))
 def test_random_bytes(data: bytes) -> None:
-    read_hostile(data)
+    check_hostile(data)
 
 
 @settings(max_examples=600, deadline=None, database=None)
@@ -840,7 +840,7 @@ def test_mutated_and_truncated_files(
     data = bytearray(SEEDS[name])
     for place, value in [(int(where * len(data)), value) for where, value in anywhere] + early:
         data[min(place, len(data) - 1)] = value
-    read_hostile(bytes(data if cut is None else data[: int(cut * len(data))]))
+    check_hostile(bytes(data if cut is None else data[: int(cut * len(data))]))
 
 
 def test_nothing_reaches_stderr_in_a_process_of_its_own(tmp_path: Path) -> None:

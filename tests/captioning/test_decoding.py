@@ -91,24 +91,3 @@ def test_what_cannot_work_is_refused_by_name(defaults, can, options, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"top_p": 0.5}, "--top-p needs --sample"),
-        ({"top_k": 5}, "--top-k needs --sample"),
-        ({"temperature": 0.5}, "--temperature needs --sample"),
-        ({"sample": True, "num_beams": 2}, "--sample and --num-beams exclude each other"),
-        ({"sample": True, "length_penalty": 2.0}, "--length-penalty needs beams"),
-        ({"min_length": 9, "max_length": 8}, "--min-length 9 is above --max-length 8"),
-        ({"num_beams": 0}, "greater than or equal to 1"),
-        ({"num_captions": 0}, "greater than or equal to 1"),
-        ({"max_length": 0}, "greater than or equal to 1"),
-        ({"top_p": 1.5, "sample": True}, "less than or equal to 1"),
-        ({"temperature": 0.0, "sample": True}, "greater than or equal to 0.01"),
-    ],
-)
-def test_what_no_model_can_do_is_refused_without_one(options, words):
-    with pytest.raises(ValueError, match=words):
-        CaptionConfig(inputs=("x",), **options)

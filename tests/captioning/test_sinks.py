@@ -256,7 +256,7 @@ def test_other_settings_are_refused_by_name(old, new, words):
 
 def test_the_same_settings_are_not_refused():
     settings = {"seed": 1, "replace": ["a=b"], "top_p": 0.1, "prompt": None}
-    sinks.refuse_other_settings(json.loads(json.dumps(settings)), settings)
+    assert sinks.refuse_other_settings(json.loads(json.dumps(settings)), settings) is None
 
 
 # ---- beside

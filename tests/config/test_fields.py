@@ -120,6 +120,11 @@ def test_settings_are_frozen_and_know_their_keys():
         ({"sample": True, "num_beams": 2}, "--sample and --num-beams exclude each other"),
         ({"sample": True, "length_penalty": 2.0}, "--length-penalty needs beams"),
         ({"min_length": 9, "max_length": 8}, "--min-length 9 is above --max-length 8"),
+        ({"num_beams": 0}, "greater than or equal to 1"),
+        ({"num_captions": 0}, "greater than or equal to 1"),
+        ({"max_length": 0}, "greater than or equal to 1"),
+        ({"top_p": 1.5, "sample": True}, "less than or equal to 1"),
+        ({"temperature": 0.0, "sample": True}, "greater than or equal to 0.01"),
         ({"template": "x"}, "--template has no {caption}"),
         ({"replace": ("a=b", "c")}, "--replace 'c' is not of the form OLD=NEW"),
         ({"replace": ("=c",)}, "--replace '=c' is not of the form OLD=NEW"),
@@ -151,7 +156,8 @@ def test_combinations_that_cannot_work_are_refused_by_name(values, message):
     ],
 )
 def test_combinations_that_work(values):
-    CaptionConfig(**{"inputs": ("x",), **values})
+    config = CaptionConfig(**{"inputs": ("x",), **values})
+    assert {name: getattr(config, name) for name in values} == values
 
 
 def test_the_module_of_fields_stays_light():

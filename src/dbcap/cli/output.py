@@ -8,10 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbcap.errors import ConfigError
+from dbcap.events import Silent, Tracker
 from dbcap.files import write_stdout
 
 if TYPE_CHECKING:
@@ -92,24 +94,8 @@ class Terminal:
                 sys.stderr.write(text + "\n")
                 sys.stderr.flush()
 
-    def track(self, title: str, total: int | None, unit: str = "images") -> _Bar | _Counter:
-        return _Bar(self, title, total, unit) if self._progress else _Counter()
-
-
-class _Counter:
-    """Progress that nobody looks at."""
-
-    def __enter__(self) -> _Counter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
-
-    def advance(self, count: int = 1) -> None:
-        pass
-
-    def fail(self, count: int = 1) -> None:
-        pass
+    def track(self, title: str, total: int | None, unit: str = "images") -> AbstractContextManager[Tracker]:
+        return _Bar(self, title, total, unit) if self._progress else Silent().track(title, total, unit)
 
 
 class _Bar:
