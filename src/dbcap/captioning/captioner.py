@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dbcap.captioning.decoding import Decoding
+from dbcap.captioning.search import Found
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
@@ -80,12 +81,20 @@ class TransformersCaptioner:
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.float32)
 
-    @torch.inference_mode()
     def generate(
         self, pixels: npt.NDArray[np.float32], options: Mapping[str, Any], seeds: Sequence[int]
     ) -> list[list[Candidate]]:
         """Caption pixels (B, 3, H, W); returns B lists of `num_captions` candidates, best first."""
-        decoding = Decoding(**options)
+        found = self.search(pixels, Decoding(**options), seeds)
+        return [[Candidate(self.text(one.tokens).strip(), one.score) for one in row] for row in found]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Return what tokens spell, without the special ones and not stripped: GPT-2's end with a space at times."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def search(self, pixels: npt.NDArray[np.float32], decoding: Decoding, seeds: Sequence[int]) -> list[list[Found]]:
+        """Do what `generate` does, and return tokens instead of texts."""
         with _quiet_libraries():
             if not decoding.sample:
                 return self._rows(self._enough_rows(pixels, decoding), decoding)[: len(pixels)]
@@ -104,15 +113,14 @@ class TransformersCaptioner:
             return pixels
         return np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
 
-    def _rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> list[list[Candidate]]:
+    def _rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> list[list[Found]]:
         tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
         output = self.model.generate(
             **self._inputs(tensor, decoding.prompt), generation_config=self._generation_config(decoding)
         )
         scores = output.sequences_scores if decoding.num_beams > 1 else self._log_probabilities(output)
         count = decoding.num_captions
-        texts = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in output.sequences]
-        rows = list(map(Candidate, texts, scores.float().tolist()))
+        rows = list(map(Found, map(tuple, output.sequences.tolist()), scores.float().tolist()))
         groups = [rows[start : start + count] for start in range(0, len(rows), count)]
         return [sorted(group, key=lambda c: -c.score) for group in groups]  # `sorted` is stable: ties keep their order
 
