@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -19,7 +20,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from dbcap.captioning.decoding import Decoding
-from dbcap.captioning.search import Found
+from dbcap.captioning.engines.decoders import BUILDERS
+from dbcap.captioning.engines.torch import TorchEngine
+from dbcap.captioning.search import MIN_ROWS, Found, Special
+from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
@@ -27,8 +31,6 @@ from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFacto
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
-
-MIN_ROWS = 4  # float32 products with fewer rows differ in the last bits from those with four and more
 
 
 class TransformersCaptioner:
@@ -42,8 +44,11 @@ class TransformersCaptioner:
         self.name = local.spec.text
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
-        self.model, self.unused = _load_weights(self.auto_class, local, self.dtype)
-        self.model.to(self.device).eval()
+        self._local = local
+        self._model, self.unused = self._load()
+        self._engine: TorchEngine | None = None
+        self.config = self._model.config
+        self._generation = self._base_generation_config()
         with _clear_errors(self.name):
             # Another installed backend (torchvision) would resize to slightly different pixels.
             self._processor = transformers.AutoImageProcessor.from_pretrained(
@@ -52,8 +57,31 @@ class TransformersCaptioner:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._defaults = _decoding_defaults(local.folder)
         # They are in `_defaults` as lengths; left here, they would overrule the length that the user asks for.
-        base = self._base_generation_config()
-        base.max_new_tokens = base.min_new_tokens = None
+        self._generation.max_new_tokens = self._generation.min_new_tokens = None
+
+    def _load(self) -> tuple[Any, list[str]]:
+        model, unused = _load_weights(self.auto_class, self._local, self.dtype)
+        return model.to(self.device).eval(), unused
+
+    @property
+    def model(self) -> Any:
+        """The transformers model; the engine took the weights of the first one, so it is loaded at first use."""
+        if self._model is None:
+            with _quiet_libraries():
+                self._model, _ = self._load()
+        return self._model
+
+    def use_engine(self) -> str:
+        """Hand the model to dbcap's own engine. Returns an empty string, or why that engine cannot run it."""
+        if type(self) is not TransformersCaptioner:
+            return f"its class is {type(self._model).__name__}"
+        decoder = self.config.decoder.model_type
+        if decoder not in BUILDERS:
+            return f"its decoder is a {decoder}"
+        if foreign := _foreign_settings(self._generation):
+            return f"its generation config has {foreign[0]}"
+        self._engine, self._model = TorchEngine(self._model), None
+        return ""
 
     @property
     def capabilities(self) -> Capabilities:
@@ -95,9 +123,14 @@ class TransformersCaptioner:
     @torch.inference_mode()
     def search(self, pixels: npt.NDArray[np.float32], decoding: Decoding, seeds: Sequence[int]) -> list[list[Found]]:
         """Do what `generate` does, and return tokens instead of texts."""
+        if self._engine:
+            width = decoding.num_captions if decoding.sample else decoding.num_beams
+            rows = self._enough_rows(pixels, width)
+            more = [*seeds, *[0] * (len(rows) - len(pixels))]
+            return run_search(self._engine, rows, decoding, self._special(), more)[: len(pixels)]
         with _quiet_libraries():
             if not decoding.sample:
-                return self._rows(self._enough_rows(pixels, decoding), decoding)[: len(pixels)]
+                return self._rows(self._enough_rows(pixels, decoding.num_beams), decoding)[: len(pixels)]
             found = []
             for row, seed in zip(pixels, seeds, strict=True):
                 # transformers draws from the global generator, for a batch as a whole: seeds need one image at a time.
@@ -106,9 +139,14 @@ class TransformersCaptioner:
                     found += self._rows(row[None], decoding)
             return found
 
-    def _enough_rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> npt.NDArray[np.float32]:
-        """Repeat the last image until the decoder has `MIN_ROWS` rows (images x beams)."""
-        missing = -(-MIN_ROWS // decoding.num_beams) - len(pixels)
+    def _special(self) -> Special:
+        start, pad, ends = self._generation.decoder_start_token_id, self._generation.pad_token_id, self._end_tokens()
+        start = self._generation.bos_token_id if start is None else start
+        return Special(start, tuple(ends), (ends[0] if ends else 0) if pad is None else pad)
+
+    def _enough_rows(self, pixels: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
+        """Repeat the last image until the decoder has `MIN_ROWS` rows, `width` of them an image."""
+        missing = -(-MIN_ROWS // width) - len(pixels)
         if self.dtype != torch.float32 or missing <= 0:
             return pixels
         return np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
@@ -144,7 +182,7 @@ class TransformersCaptioner:
         return (chosen * keep).sum(1) / keep.sum(1)
 
     def _generation_config(self, decoding: Decoding) -> transformers.GenerationConfig:
-        config = transformers.GenerationConfig.from_dict(self._base_generation_config().to_dict())
+        config = transformers.GenerationConfig.from_dict(self._generation.to_dict())
         config.return_dict_in_generate = True
         config.output_scores, config.output_logits = decoding.num_beams > 1, decoding.num_beams == 1
         neutral = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_length": 0}
@@ -163,13 +201,13 @@ class TransformersCaptioner:
     # What the families below do in their own way.
 
     def _base_generation_config(self) -> transformers.GenerationConfig:
-        return self.model.generation_config
+        return self._model.generation_config
 
     def _max_positions(self) -> int | None:
-        return getattr(self.model.config.decoder, "max_position_embeddings", None)
+        return getattr(self.config.decoder, "max_position_embeddings", None)
 
     def _end_tokens(self) -> list[int]:
-        ends = self._base_generation_config().eos_token_id
+        ends = self._generation.eos_token_id
         return list(ends) if isinstance(ends, list) else ([] if ends is None else [ends])
 
     def _prompt_ids(self, prompt: str | None) -> list[int] | None:  # noqa: ARG002 - of the families with prompts
@@ -191,16 +229,16 @@ class Blip(TransformersCaptioner):
     prompts = True
 
     def _base_generation_config(self) -> transformers.GenerationConfig:
-        config = self.model.text_decoder.generation_config
-        config.eos_token_id = self.model.config.text_config.sep_token_id
-        config.pad_token_id = self.model.config.text_config.pad_token_id
+        config = self._model.text_decoder.generation_config
+        config.eos_token_id = self.config.text_config.sep_token_id
+        config.pad_token_id = self.config.text_config.pad_token_id
         return config
 
     def _max_positions(self) -> int | None:
-        return int(self.model.config.text_config.max_position_embeddings)
+        return int(self.config.text_config.max_position_embeddings)
 
     def _prompt_ids(self, prompt: str | None) -> list[int] | None:
-        start = self.model.config.text_config.bos_token_id
+        start = self.config.text_config.bos_token_id
         return None if prompt is None else [start, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
 
     def _inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
@@ -217,7 +255,7 @@ class Git(TransformersCaptioner):
     prompts = True
 
     def _max_positions(self) -> int | None:
-        return int(self.model.config.max_position_embeddings)
+        return int(self.config.max_position_embeddings)
 
     def _prompt_ids(self, prompt: str | None) -> list[int] | None:
         start = self.tokenizer.cls_token_id
@@ -242,6 +280,8 @@ def load(local: LocalModel, choice: Choice, events: Events) -> Captioner:
         captioner = FAMILIES[kind](local, choice.device, choice.dtype)
         if unused := captioner.unused:
             events.detail(f"{captioner.name}: {len(unused)} weights of the file are not used, {unused[0]} the first")
+        why_not = captioner.use_engine()
+        events.detail(f"decoding: transformers' generate, since {why_not}" if why_not else "decoding: dbcap's engine")
         return captioner
     if factory := loader.captioners(FAMILIES).get(kind):
         return _of_plugin(factory, kind, local, choice)
@@ -308,6 +348,25 @@ def _load_weights(auto_class: Any, local: LocalModel, dtype: torch.dtype) -> tup
             f"{local.spec.text} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
         )
     return model, sorted(info["unexpected_keys"])
+
+
+_OWN_SETTINGS = {
+    *(field.name for field in dataclasses.fields(Decoding)),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "num_return_sequences"),
+    *("max_new_tokens", "min_new_tokens", "use_cache", "transformers_version"),
+}
+
+
+def _foreign_settings(config: transformers.GenerationConfig) -> list[str]:
+    """Return the settings of a generation config that change captions and that dbcap's search does not know."""
+    about_output = ("_", "output_", "return_dict")
+    return [
+        name
+        for name, value in config.to_diff_dict().items()
+        if name not in _OWN_SETTINGS
+        and not name.startswith(about_output)
+        and (value is True or value not in (None, 0, 1, [], {}))  # 0 and 1 are what leaves everything as it is
+    ]
 
 
 def _decoding_defaults(folder: Path) -> dict[str, Any]:

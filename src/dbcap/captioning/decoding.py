@@ -34,6 +34,7 @@ class Decoding:
     max_length: int = MAX_LENGTH
     min_length: int | None = None
     length_penalty: float | None = None
+    early_stopping: bool | str = False
     no_repeat_ngram_size: int | None = None
     repetition_penalty: float | None = None
     sample: bool = False
