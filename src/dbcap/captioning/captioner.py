@@ -186,7 +186,7 @@ class TransformersCaptioner:
         config.return_dict_in_generate = True
         config.output_scores, config.output_logits = decoding.num_beams > 1, decoding.num_beams == 1
         neutral = {"length_penalty": 1.0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0, "min_length": 0}
-        for name in ("num_beams", "max_length", *neutral):
+        for name in ("num_beams", "max_length", "early_stopping", *neutral):
             value = getattr(decoding, name)
             setattr(config, name, neutral.get(name) if value is None else value)
         config.do_sample = decoding.sample

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dbcap.config.fields import flag_of
+from dbcap.config.models import OF_BEAMS
 from dbcap.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _OF_MODEL = (
     "max_length",
     "min_length",
     "length_penalty",
+    "early_stopping",
     "no_repeat_ngram_size",
     "repetition_penalty",
     *_SAMPLING,
@@ -53,13 +55,14 @@ def settle(config: CaptionConfig, defaults: Mapping[str, Any], can: Capabilities
     """Put the user's options over the model's `defaults`. Raises UsageError for what cannot work."""
     values: dict[str, Any] = {name: defaults.get(name) for name in _OF_MODEL}
     if config.sample:
-        values["num_beams"] = 1
-        values["length_penalty"] = None
+        values |= {"num_beams": 1, **dict.fromkeys(OF_BEAMS)}
     else:
         values |= dict.fromkeys(_SAMPLING)
     values |= {name: getattr(config, name) for name in _OF_MODEL if getattr(config, name) is not None}
     values["num_beams"] = values["num_beams"] or 1
     values["max_length"] = values["max_length"] or MAX_LENGTH
+    stopping = values["early_stopping"]
+    values["early_stopping"] = {"yes": True, "no": False, None: False}.get(stopping, stopping)
     decoding = Decoding(**values, sample=config.sample, num_captions=config.num_captions, prompt=config.prompt)
     _refuse_what_model_cannot(config, decoding, can, model)
     _refuse_combinations(config, decoding, can, model)
@@ -84,8 +87,9 @@ def _refuse_combinations(config: CaptionConfig, decoding: Decoding, can: Capabil
             f"--num-captions {decoding.num_captions} needs as many beams, and the search has {decoding.num_beams}",
             f"add --num-beams {decoding.num_captions}, or --sample",
         )
-    if config.length_penalty is not None and decoding.num_beams == 1:
-        raise UsageError("--length-penalty needs beams", "add --num-beams 4, for example")
+    for name in OF_BEAMS:
+        if getattr(config, name) is not None and decoding.num_beams == 1:
+            raise UsageError(f"{flag_of(name)} needs beams", "add --num-beams 4, for example")
     if can.max_positions and decoding.max_length > can.max_positions:
         raise UsageError(
             f"--max-length {decoding.max_length} is beyond the {can.max_positions} positions of {model}",

@@ -255,8 +255,7 @@ class _Run:
                 "use --batch-size 1",
             ) from error
         seeds = [image_seed(self._config.seed, item.sha256) for item in good]
-        # One shape for all batches of a run; sampling takes its images one by one anyway.
-        missing = 0 if self._decoding.sample else self._batch_size - len(good)
+        missing = self._batch_size - len(good)  # one shape for all batches of a run
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
         seeds += seeds[-1:] * missing
         try:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, MinLen
 from pydantic import model_validator
 
-from dbcap.config.fields import Section, argument, option
+from dbcap.config.fields import Section, argument, flag_of, option
 
 COMMON = "Common options"
 DECODING = "Decoding"
@@ -15,6 +15,7 @@ OUTPUT = "Output"
 READING = "Reading"
 COMPUTE = "Model and device"
 OF_MODEL = "the model's own"
+OF_BEAMS = ("length_penalty", "early_stopping")
 
 Count = Annotated[int, Ge(1)]
 MOST = 256  # beams, candidates, threads: more is a slip of the finger, and takes all memory
@@ -95,6 +96,12 @@ class CaptionConfig(ComputeConfig):
     length_penalty: float | None = option(
         None, "Beams: above 0 favours longer captions.", ge=-100, le=100, group=DECODING, unset=OF_MODEL
     )
+    early_stopping: Literal["yes", "no", "never"] | None = option(
+        None,
+        "Beams: end as soon as that many have ended (yes), when a better one is unlikely (no), or impossible (never).",
+        group=DECODING,
+        unset=f"{OF_MODEL}, else no",
+    )
     no_repeat_ngram_size: int | None = option(
         None, "No run of this many tokens stands twice; 0 allows it.", group=DECODING, ge=0, unset=OF_MODEL
     )
@@ -164,8 +171,8 @@ class CaptionConfig(ComputeConfig):
                     raise ValueError(f"--{name.replace('_', '-')} needs --sample")
         elif (self.num_beams or 1) > 1:
             raise ValueError("--sample and --num-beams exclude each other")
-        elif self.length_penalty is not None:
-            raise ValueError("--length-penalty needs beams, and --sample has none")
+        elif of_beams := [name for name in OF_BEAMS if getattr(self, name) is not None]:
+            raise ValueError(f"{flag_of(of_beams[0])} needs beams, and --sample has none")
         if self.min_length and self.max_length and self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
         if "{caption}" not in self.template:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from dbcap.captioning.engines import decoders, packed
+from dbcap.captioning.engines import attention, decoders, packed
 from dbcap.captioning.engines.decoders import Layer
 from dbcap.captioning.rules import Best, Ids
 
@@ -42,6 +42,8 @@ class TorchEngine:
         self._project = model.enc_to_dec_proj if hasattr(model, "enc_to_dec_proj") else None
         self._decoder = decoders.build(model.decoder)
         packed.pack_linears(self._encoder)
+        if self._device.type == "cpu" and self._dtype == torch.bfloat16:
+            self._encoder.set_attn_implementation(attention.NAME)
 
     @property
     def leaves(self) -> bool:
@@ -116,12 +118,12 @@ class TorchEngine:
 
     def _attend_cross(self, hidden: torch.Tensor, layer: Layer, pair: torch.Tensor) -> torch.Tensor:
         """Let the rows of an image be the queries of one attention over its keys and values (2, B, H, S, D)."""
-        keys, values = pair
-        images, heads, _, size = keys.shape
-        query = layer.cross_query(hidden).view(images, -1, heads, size).transpose(1, 2)
-        chances = (torch.matmul(query, keys.transpose(2, 3)) * layer.scale).softmax(-1)
-        attended = torch.matmul(chances, values).transpose(1, 2).reshape(len(hidden), -1)
-        return layer.cross_out(attended)
+        _, images, heads, _, size = pair.shape
+        keys, values = pair.flatten(1, 2)
+        query = layer.cross_query(hidden).view(images, -1, heads, size).transpose(1, 2).flatten(0, 1)
+        scores = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=layer.scale)
+        attended = torch.bmm(scores.softmax(-1), values).view(images, heads, -1, size)
+        return layer.cross_out(attended.transpose(1, 2).reshape(len(hidden), -1))
 
 
 def _best(logits: torch.Tensor, best: int, watched: torch.Tensor) -> Best:
