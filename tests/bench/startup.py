@@ -32,7 +32,7 @@ def measure() -> dict[str, Any]:
     base = median["python -c 'import typer'"]
     bars = {"dbcap --version": 1.5, "dbcap --help": 3.0}
     rows = [
-        {"what": name, "value": f"{median[name] * 1000:.0f} ms", "ratio": median[name] / base, "bar": bar}
+        {"what": name, "value": f"{median[name] * 1000:.0f} ms", "ratio": median[name] / base, "at_most": bar}
         for name, bar in bars.items()
     ]
     return {"base_ms": base * 1000, "rows": rows}
