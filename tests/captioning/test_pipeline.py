@@ -356,11 +356,23 @@ def _(b: Bench) -> None:
 def _(b: Bench) -> None:
     path = b.tmp / "broken.png"
     path.write_bytes(b.image.read_bytes()[:200])
+    assert len(str(pytest.raises(InputError, b.pipe(image_processor=_Refusing()), _base64(b.image)).value)) < 400
     for image, words in ((str(path), "broken.png: is truncated"), (f"{b.url}/missing.png", "the server answered 404")):
         with pytest.raises(UnidentifiedImageError, match=words) as caught:
             b.pipe()(image)
         assert isinstance(caught.value, InputError)
         assert image in str(caught.value)
+
+
+class _Refusing:
+    """An image processor that takes no image."""
+
+    def __call__(self, **_: object) -> None:
+        raise ValueError("not that one")
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 @row("images are turned as their EXIF says and made RGB; what is transparent lies on white")
@@ -609,7 +621,8 @@ def _(b: Bench) -> None:
             found = b.pipe()(
                 [str(path) for path in b.images], generate_kwargs={"max_length": 12, **kwargs}, batch_size=2
             )
-        assert (found, said) == (expected, []), kwargs
+        assert found == expected, kwargs
+        assert [line for line in said if line.startswith("Both")] == [], "one length is given, not two"
     for name, value in {"temperature": 0.0, "top_k": -1, "repetition_penalty": 0.0}.items():
         with pytest.raises(ValueError, match=name.rpartition("_")[2]):
             b.pipe()(str(b.image), generate_kwargs={"do_sample": True, name: value})

@@ -365,7 +365,8 @@ def _foreign_settings(config: transformers.GenerationConfig) -> list[str]:
         for name, value in config.to_diff_dict().items()
         if name not in _OWN_SETTINGS
         and not name.startswith(about_output)
-        and (value is True or value not in (None, 0, 1, [], {}))  # 0 and 1 are what leaves everything as it is
+        # 0 and 1 leave everything as it is, but for a token and a switch
+        and (value is True or value not in (None, 0, 1, [], {}) or (value is not None and name.endswith("_id")))
     ]
 
 

@@ -49,11 +49,10 @@ def picture_of(image: Any, timeout: float | None) -> Picture:
     try:
         return images.read_bytes(base64.decodebytes(text.encode()))
     except (InputError, ValueError) as error:  # binascii.Error is a ValueError
-        shown = image if len(image) <= 200 else f"{image[:200]}..."
         reason = error.message if isinstance(error, InputError) else str(error)
         raise ImageSourceError(
             "Incorrect image source. Must be a valid URL starting with `http://` or `https://`, a valid path to an"
-            f" image file, or a base64 encoded string. Got {shown}. Failed with {reason}",
+            f" image file, or a base64 encoded string. Got {_short(image)}. Failed with {reason}",
             kind="missing",
         ) from error
 
@@ -65,4 +64,9 @@ def named(item: Prepared) -> InputError:
     if isinstance(error, ImageSourceError | ImageTypeError):
         return error
     hint = "make it smaller first" if error.kind == "too-large" else error.hint
-    return BadImageError(f"{item.source.name}: {error.message}", hint, kind=error.kind)
+    return BadImageError(f"{_short(item.source.name)}: {error.message}", hint, kind=error.kind)
+
+
+def _short(text: str) -> str:
+    """Shorten what may be a whole picture in base64."""
+    return text if len(text) <= 200 else f"{text[:200]}..."
