@@ -365,29 +365,6 @@ def test_candidates_of_an_image_are_drawn_independently():
     assert len({tuple(row) for (row,) in seeds}) > 6
 
 
-# ---- where no caption can be completed
-
-
-@pytest.mark.parametrize("penalty", [-30.0, -100.0, 40.0, 100.0])
-@pytest.mark.filterwarnings("error")
-def test_a_length_penalty_at_its_bounds_leaves_captions(penalty):
-    decoding = Decoding(num_beams=3, num_captions=3, max_length=14, length_penalty=penalty)
-    for row in found(Table(seed=1), 5, decoding):
-        for one in row:
-            assert one.tokens[0] == START
-            assert len(one.tokens) > 1, "an empty caption"
-
-
-def test_beams_that_run_out_of_tokens_leave_captions():
-    """All that stands once is forbidden, and the vocabulary is smaller than the caption may be."""
-    table = Table(vocabulary=6, ends=(0,), seed=231)
-    decoding = Decoding(num_beams=2, num_captions=2, max_length=9, no_repeat_ngram_size=1)
-    for row in found(table, 4, decoding):
-        for one in row:
-            assert one.tokens[0] == START
-            assert len(one.tokens) > 1, "an empty caption"
-
-
 # ---- whole captioners against `generate`
 
 KINDS = ("gpt2", "bert", "gpt2 with many ends", "bert with many ends")

@@ -36,6 +36,7 @@ VALUES = {
     "caption.max_length": ("20", 20),
     "caption.min_length": ("0", 0),
     "caption.length_penalty": ("-1", -1.0),
+    "caption.early_stopping": ("never", "never"),
     "caption.no_repeat_ngram_size": ("3", 3),
     "caption.repetition_penalty": ("1.2", 1.2),
     "caption.sample": ("true", True),
