@@ -5,6 +5,8 @@ An image takes `width` rows of a batch: its beams, or the candidates drawn for i
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +24,12 @@ MIN_ROWS = 4
 """Float32 products of fewer rows differ in the last bits from those of four and more."""
 LEAVE_FROM = 0.75
 """Rows leave once no more than this share would stay: a copy of the caches costs about one step."""
+
+
+MOST_DIGITS = 290
+"""Of a length penalty: a sum of log-probabilities divided by 10 ** -290 is still a number."""
+
+Scores = npt.NDArray[np.float64]
 
 
 class Engine(Protocol):
@@ -64,6 +72,8 @@ def search(
 ) -> list[list[Found]]:
     """Caption pixels (B, 3, H, W); returns B lists of `num_captions`, best first. One seed an image, for sampling.
 
+    A list is shorter where the rules leave no more captions than that, and never empty.
+
     A score is what beam search ranks by, the log-probability over length ** length_penalty; without beams the mean
     log-probability of the tokens made.
     """
@@ -72,7 +82,7 @@ def search(
     return _Rows(engine, pixels, decoding, special, seeds).run()
 
 
-class _Search:
+class _Search(ABC):
     """What all searches share: the batch, its rows, and the rules."""
 
     def __init__(
@@ -100,17 +110,17 @@ class _Search:
         self._collect(np.ones(len(self._images), bool))
         return self._found
 
+    @abstractmethod
     def _advance(self) -> npt.NDArray[np.bool_]:
         """Add a token to every row; returns which images (B,) are done."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _collect(self, places: npt.NDArray[np.bool_]) -> None:
         """Note what was found for the images at these places (B,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep(self, places: Ids) -> None:
         """Drop what belongs to images at other places than these."""
-        raise NotImplementedError
 
     def _rows_of(self, places: Ids) -> Ids:
         """Return the rows of the images at these places."""
@@ -243,10 +253,10 @@ class _Ended:
     """The best ended beams of each image: (B, k), and tokens (B, k, max_length)."""
 
     tokens: Ids
-    scores: Values
+    scores: Scores
     lengths: Ids  # 0 where there is none yet
 
-    def merge(self, tokens: Ids, scores: Values, lengths: Ids) -> _Ended:
+    def merge(self, tokens: Ids, scores: Scores, lengths: Ids) -> _Ended:
         """Return the k best of these and new ones (B, n)."""
         scores = np.concatenate([self.scores, scores], axis=1)
         order = _best(scores, self.scores.shape[1])
@@ -256,8 +266,8 @@ class _Ended:
             _take(np.concatenate([self.lengths, lengths], axis=1), order),
         )
 
-    def at(self, places: npt.NDArray[Any]) -> _Ended:
-        """Return those of the images at these places."""
+    def at(self, places: Any) -> _Ended:
+        """Return those of the images at these places, or of the one at this place."""
         return _Ended(self.tokens[places], self.scores[places], self.lengths[places])
 
 
@@ -272,7 +282,7 @@ class _Beams(_Search):
         self._scores[:, 1:] = NEVER  # all beams start alike: only the first counts
         self._ended = _Ended(
             np.full((images, beams, decoding.max_length), special.pad, dtype=np.int64),
-            np.full((images, beams), NEVER, dtype=np.float32),
+            np.full((images, beams), -np.inf),
             np.zeros((images, beams), dtype=np.int64),
         )
         self._improvable = np.ones(images, dtype=bool)
@@ -281,6 +291,7 @@ class _Beams(_Search):
         images, beams, decoding = len(self._images), self._width, self._decoding
         tokens, values, _ = self._candidates(self._keeps, normalised=True)
         sums = (values.reshape(images, beams, -1) + self._scores[:, :, None]).reshape(images, -1)
+        self._end_stuck(sums)
         order = _best(sums, self._keeps)  # (B, n): the continuations that are looked at
         sums = _take(sums, order)
         parents = order // values.shape[1]
@@ -303,8 +314,21 @@ class _Beams(_Search):
     def _note(self, tokens: Ids, sums: Values, ending: npt.NDArray[np.bool_]) -> None:
         """Keep what ends now, of the k best continuations, where the image is not done."""
         counts = ending & (np.arange(sums.shape[1]) < self._width) & ~self._done()[:, None]
-        scores = sums / np.float32((self._length - 1) ** self._penalty)
-        self._ended = self._ended.merge(tokens, np.where(counts, scores, NEVER), np.where(counts, self._length, 0))
+        self._end(tokens, sums, counts)
+
+    def _end_stuck(self, sums: Values) -> None:
+        """End the beams as they stand where the rules leave no continuation (B, n) possible."""
+        stuck = ~np.isfinite(sums).any(1) & ~self._done()
+        if stuck.any():
+            beams = self._tokens.reshape(len(stuck), self._width, -1)
+            self._end(beams, self._scores, np.repeat(stuck[:, None], self._width, 1))
+            self._improvable &= ~stuck
+
+    def _end(self, tokens: Ids, sums: Values, counts: npt.NDArray[np.bool_]) -> None:
+        """Keep those of these beams (B, n) that count, as long as they are now."""
+        counts = counts & np.isfinite(sums)
+        scores = np.where(counts, sums, np.float32(0)) / _weight(self._length - 1, self._penalty)
+        self._ended = self._ended.merge(tokens, np.where(counts, scores, -np.inf), np.where(counts, self._length, 0))
 
     def _done(self) -> npt.NDArray[np.bool_]:
         """Tell which images (B,) take no more."""
@@ -319,17 +343,16 @@ class _Beams(_Search):
         """Note which images no running beam can improve, by transformers' estimate of the best score it may reach."""
         longest = self._decoding.early_stopping == "never" and self._penalty > 0
         length = (self._decoding.max_length if longest else self._length) - 1
-        reachable = self._scores[:, 0] / np.float32(length**self._penalty)
-        worst = np.where((self._ended.lengths > 0).all(1), self._ended.scores.min(1), NEVER)
-        self._improvable &= reachable > worst
+        reachable = self._scores[:, 0] / _weight(length, self._penalty)
+        self._improvable &= reachable > self._ended.scores.min(1)
 
     def _collect(self, places: npt.NDArray[np.bool_]) -> None:
         for place in np.flatnonzero(places):
+            ended = self._ended.at(place)
             self._found[self._images[place]] = [
-                Found(tuple(tokens[: max(1, length)].tolist()), float(score))
-                for tokens, length, score in zip(
-                    self._ended.tokens[place], self._ended.lengths[place], self._ended.scores[place], strict=True
-                )
+                Found(tuple(tokens[:length].tolist()), float(score))
+                for tokens, length, score in zip(ended.tokens, ended.lengths, ended.scores, strict=True)
+                if length
             ][: self._decoding.num_captions]
 
     def _keep(self, places: Ids) -> None:
@@ -337,7 +360,14 @@ class _Beams(_Search):
         self._ended = self._ended.at(places)
 
 
-def _best(scores: Values, count: int) -> Ids:
+def _weight(length: int, penalty: float) -> np.float64:
+    """Return length ** penalty, within what float64 can hold whatever the user asks for."""
+    exponent = penalty * math.log10(length)
+    weight = length**penalty if abs(exponent) < MOST_DIGITS else 10.0 ** math.copysign(MOST_DIGITS, exponent)
+    return np.float64(weight)  # of numpy's own kind: a plain float would leave what it divides in float32
+
+
+def _best(scores: Values | Scores, count: int) -> Ids:
     """Return the places of the highest scores (B, count) of (B, n); of equal ones the first."""
     order: Ids = np.argsort(-scores, axis=1, kind="stable")[:, :count]
     return order
