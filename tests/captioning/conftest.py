@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,9 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,40 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         return captioner.load(local, choice, events or Silent())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def served(samples) -> Iterator[str]:
+    """A server of the first sample (0.png) and of what fails; the URL has a login in it."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.5 if self.path == "/slow.png" else 0)
+            body = bytes(1_000_001) if self.path == "/large.png" else samples[0].read_bytes()
+            self.send_response(404 if self.path == "/missing.png" else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://me:secret@127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a busy machine two threads wait for each other longer than they work."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -100,29 +96,6 @@ def test_the_default_is_the_published_model(hub, published_model):
 
 
 # ---- what goes in, what comes out
-
-
-@pytest.fixture(scope="module")
-def served(samples) -> Iterator[str]:
-    """A server of the first sample (0.png) and of what fails; the URL has a login in it."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            time.sleep(0.5 if self.path == "/slow.png" else 0)
-            body = bytes(1_000_001) if self.path == "/large.png" else samples[0].read_bytes()
-            self.send_response(404 if self.path == "/missing.png" else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://me:secret@127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def test_every_kind_of_image_is_one_caption(tiny, said, samples, served):

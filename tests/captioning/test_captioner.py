@@ -334,7 +334,7 @@ from dbcap.models import hub
 local = hub.locate(sys.argv[1], offline=True, events=Silent(), home=Path(sys.argv[2]))
 loaded = TransformersCaptioner(local, "cpu", "float32")
 image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (100, 90, 3), np.uint8))
-print(type(loaded._processor).__name__, hashlib.sha256(loaded.prepare(image).tobytes()).hexdigest())
+print(type(loaded.image_processor).__name__, hashlib.sha256(loaded.prepare(image).tobytes()).hexdigest())
 """
 
 # Can be imported, but whoever calls something of it is found out.

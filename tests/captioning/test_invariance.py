@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ import dbcap_starter
 from dbcap.captioning.captioner import TransformersCaptioner
 from dbcap.captioning.decoding import Decoding
 from dbcap.testing.models import write_tiny, write_tiny_blip, write_tiny_git
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STARTER = Path(dbcap_starter.__file__).parent / "captioner"
 GREEDY = Decoding(max_length=14)
@@ -45,14 +46,6 @@ def pictures(samples) -> list[Image.Image]:
         *(Image.open(path).convert("RGB") for path in samples[:7]),
         *(Image.fromarray(noise.integers(0, 256, (40, 50, 3), np.uint8)) for _ in range(7)),
     ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def in_batches(loaded: Any, pixels: np.ndarray, order: list[int], size: int, decoding: Decoding) -> list[list[Any]]:

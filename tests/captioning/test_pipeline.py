@@ -7,11 +7,8 @@ import contextlib
 import json
 import logging
 import shutil
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -94,26 +91,9 @@ class Bench:
 
 
 @pytest.fixture(scope="module")
-def url(samples) -> Iterator[str]:
+def url(served) -> str:
     """A server of the first sample."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            time.sleep(0.5 if self.path == "/slow.png" else 0)
-            body = samples[0].read_bytes()
-            self.send_response(404 if self.path == "/missing.png" else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    return served.replace("me:secret@", "")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import collections
 import functools
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from dbcap.captioning.engines.torch import TorchEngine
 from dbcap.captioning.rules import Best
 from dbcap.captioning.search import MIN_ROWS, Found, Special, search
 from dbcap.testing.models import write_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TIE = 1e-5
 START, PAD = 0, 5
@@ -434,14 +435,6 @@ def pictures_of(ours: Any, samples: list[Path]) -> np.ndarray:
 @pytest.fixture(scope="module")
 def pixels(captioners, samples) -> np.ndarray:
     return pictures_of(captioners["gpt2"][0], samples)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Nudged:

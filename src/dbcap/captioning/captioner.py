@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
+from dbcap.captioning.loading import clear_errors, decoding_defaults, foreign_settings, load_weights, quiet_libraries
 from dbcap.captioning.search import MIN_ROWS, Found, Special
 from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
@@ -48,26 +45,39 @@ class TransformersCaptioner:
         self._model, self.unused = self._load()
         self._engine: TorchEngine | None = None
         self.config = self._model.config
-        self._generation = self._base_generation_config()
-        with _clear_errors(self.name):
+        self._generation = self._generation_config_of(self._model)
+        with clear_errors(self.name):
             # Another installed backend (torchvision) would resize to slightly different pixels.
-            self._processor = transformers.AutoImageProcessor.from_pretrained(
+            self.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 folder, backend="pil", local_files_only=True
             )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._defaults = _decoding_defaults(local.folder)
-        # They are in `_defaults` as lengths; left here, they would overrule the length that the user asks for.
-        self._generation.max_new_tokens = self._generation.min_new_tokens = None
+            self._defaults = decoding_defaults(local.folder)
+
+    @classmethod
+    def around(cls, model: Any, tokenizer: Any, image_processor: Any, device: str) -> Self:
+        """Return a captioner of a transformers model that is loaded already: moved to `device`, else as it is."""
+        captioner = cls.__new__(cls)
+        captioner.name, captioner.config = type(model).__name__, model.config
+        captioner.device, captioner.dtype = torch.device(device), model.dtype
+        captioner._model, captioner._engine = model.to(device).eval(), None
+        captioner.image_processor, captioner.tokenizer = image_processor, tokenizer
+        captioner._generation = captioner._generation_config_of(model)
+        captioner._defaults = model.generation_config.to_diff_dict()
+        return captioner
 
     def _load(self) -> tuple[Any, list[str]]:
-        model, unused = _load_weights(self.auto_class, self._local, self.dtype)
+        model, unused = load_weights(self.auto_class, self._local, self.dtype)
+        config = self._generation_config_of(model)
+        # They are in `_defaults` as lengths; left here, they would overrule the length that the user asks for.
+        config.max_new_tokens = config.min_new_tokens = None
         return model.to(self.device).eval(), unused
 
     @property
     def model(self) -> Any:
         """The transformers model; the engine took the weights of the first one, so it is loaded at first use."""
         if self._model is None:
-            with _quiet_libraries():
+            with quiet_libraries():
                 self._model, _ = self._load()
         return self._model
 
@@ -78,7 +88,7 @@ class TransformersCaptioner:
         decoder = self.config.decoder.model_type
         if decoder not in BUILDERS:
             return f"its decoder is a {decoder}"
-        if foreign := _foreign_settings(self._generation):
+        if foreign := foreign_settings(self._generation):
             return f"its generation config has {foreign[0]}"
         self._engine, self._model = TorchEngine(self._model), None
         return ""
@@ -106,7 +116,7 @@ class TransformersCaptioner:
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.float32]:
         """Resize, crop and normalise as the model's processor config says: RGB image -> float32 (3, H, W)."""
-        pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
+        pixels = self.image_processor(images=image, return_tensors="np")["pixel_values"][0]
         return np.ascontiguousarray(pixels, dtype=np.float32)
 
     def generate(
@@ -128,7 +138,7 @@ class TransformersCaptioner:
             rows = self._enough_rows(pixels, width)
             more = [*seeds, *[0] * (len(rows) - len(pixels))]
             return run_search(self._engine, rows, decoding, self._special(), more)[: len(pixels)]
-        with _quiet_libraries():
+        with quiet_libraries():
             if not decoding.sample:
                 return self._rows(self._enough_rows(pixels, decoding.num_beams), decoding)[: len(pixels)]
             found = []
@@ -154,7 +164,7 @@ class TransformersCaptioner:
     def _rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> list[list[Found]]:
         tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
         output = self.model.generate(
-            **self._inputs(tensor, decoding.prompt), generation_config=self._generation_config(decoding)
+            **self.inputs(tensor, decoding.prompt), generation_config=self._generation_config(decoding)
         )
         scores = output.sequences_scores if decoding.num_beams > 1 else self._log_probabilities(output)
         count = decoding.num_captions
@@ -200,8 +210,8 @@ class TransformersCaptioner:
 
     # What the families below do in their own way.
 
-    def _base_generation_config(self) -> transformers.GenerationConfig:
-        return self._model.generation_config
+    def _generation_config_of(self, model: Any) -> transformers.GenerationConfig:
+        return model.generation_config
 
     def _max_positions(self) -> int | None:
         return getattr(self.config.decoder, "max_position_embeddings", None)
@@ -214,7 +224,7 @@ class TransformersCaptioner:
         """Return the tokens that the decoder starts with, for a family that takes prompts."""
         return None
 
-    def _inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
+    def inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
         """Return the arguments of `model.generate`, for pixels (B, 3, H, W)."""
         ids = self._prompt_ids(prompt)
         if ids is None:
@@ -228,10 +238,10 @@ class Blip(TransformersCaptioner):
     auto_class = transformers.BlipForConditionalGeneration
     prompts = True
 
-    def _base_generation_config(self) -> transformers.GenerationConfig:
-        config = self._model.text_decoder.generation_config
-        config.eos_token_id = self.config.text_config.sep_token_id
-        config.pad_token_id = self.config.text_config.pad_token_id
+    def _generation_config_of(self, model: Any) -> transformers.GenerationConfig:
+        config = model.text_decoder.generation_config
+        config.eos_token_id = model.config.text_config.sep_token_id
+        config.pad_token_id = model.config.text_config.pad_token_id
         return config
 
     def _max_positions(self) -> int | None:
@@ -241,8 +251,8 @@ class Blip(TransformersCaptioner):
         start = self.config.text_config.bos_token_id
         return None if prompt is None else [start, *self.tokenizer(prompt, add_special_tokens=False).input_ids]
 
-    def _inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
-        inputs = super()._inputs(pixels, prompt)
+    def inputs(self, pixels: torch.Tensor, prompt: str | None) -> dict[str, torch.Tensor]:
+        inputs = super().inputs(pixels, prompt)
         if "input_ids" in inputs:  # BLIP's `generate` drops the last token, the end mark of its own processor
             inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (0, 1))
         return inputs
@@ -331,78 +341,3 @@ def model_type(folder: Path, name: str) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{name} has no readable config.json: {error}") from error
     return str(kind)
-
-
-def _load_weights(auto_class: Any, local: LocalModel, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Load the model; returns it and the weights of the file that it has no place for."""
-    with _clear_errors(local.spec.text):
-        model, info = auto_class.from_pretrained(
-            str(local.folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    # The pooler of a ViT encoder is not used for captions, and many checkpoints leave it out.
-    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in key)
-    if wrong := [*missing, *sorted(str(key) for key in info.get("mismatched_keys", ()))]:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        what = "lacks the weight" if missing else "has a weight of another shape than its config says:"
-        raise ModelError(
-            f"{local.spec.text} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
-        )
-    return model, sorted(info["unexpected_keys"])
-
-
-_OWN_SETTINGS = {
-    *(field.name for field in dataclasses.fields(Decoding)),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "num_return_sequences"),
-    *("max_new_tokens", "min_new_tokens", "use_cache", "transformers_version"),
-}
-
-
-def _foreign_settings(config: transformers.GenerationConfig) -> list[str]:
-    """Return the settings of a generation config that change captions and that dbcap's search does not know."""
-    about_output = ("_", "output_", "return_dict")
-    return [
-        name
-        for name, value in config.to_diff_dict().items()
-        if name not in _OWN_SETTINGS
-        and not name.startswith(about_output)
-        # 0 and 1 leave everything as it is, but for a token and a switch
-        and (value is True or value not in (None, 0, 1, [], {}) or (value is not None and name.endswith("_id")))
-    ]
-
-
-def _decoding_defaults(folder: Path) -> dict[str, Any]:
-    """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's."""
-    path = folder / "generation_config.json"
-    values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    for length, made in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if values.get(made):
-            values[length] = values[made] + 1  # and the start token; as in transformers it outdoes the other
-    return values
-
-
-@contextlib.contextmanager
-def _clear_errors(name: str) -> Iterator[None]:
-    """Turn what loading raises into one line about the model."""
-    with _quiet_libraries():
-        try:
-            yield
-        except Exception as error:  # tokenizers raises that very class
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{name} cannot be loaded: {first}") from error
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep transformers' load reports, bars and advice from the user's terminal, and restore its settings after."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(logging.CRITICAL)
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

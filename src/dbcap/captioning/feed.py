@@ -18,7 +18,7 @@ from PIL import Image, ImageFile
 from dbcap import images as reader
 from dbcap import web
 from dbcap.captioning import reading
-from dbcap.captioning.reading import Prepared
+from dbcap.captioning.reading import Prepared, ToPixels
 from dbcap.config.models import CaptionConfig
 from dbcap.errors import InputError
 from dbcap.images import Picture
@@ -70,20 +70,10 @@ def batches(
                 yield group
 
 
-def prepare(
-    source: Source, read: Callable[[Any], Picture], to_pixels: Callable[[Image.Image], npt.NDArray[np.float32]]
-) -> Prepared:
+def prepare(source: Source, read: Callable[[Any], Picture], to_pixels: ToPixels) -> Prepared:
     """Read an image and turn it into pixels; one that cannot be read comes back with its error."""
     assert isinstance(source, Item)
-    try:
-        picture = read(source.image)
-        try:
-            pixels = to_pixels(picture.image)
-        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
-            raise InputError(f"the model's processor refuses it: {error}", kind="unsupported") from error
-    except InputError as error:
-        return Prepared(source, error=error)
-    return Prepared(source, pixels, picture.sha256, picture.width, picture.height)
+    return reading.prepared(source, lambda: read(source.image), to_pixels)
 
 
 def stacked(group: Sequence[Prepared], rows: int) -> npt.NDArray[np.float32]:

@@ -162,7 +162,7 @@ class ImageToTextPipeline:
     @property
     def image_processor(self) -> Any:
         """The model's image processor."""
-        return getattr(self._captioner._processor, "own", self._captioner._processor)
+        return getattr(self._captioner.image_processor, "own", self._captioner.image_processor)
 
     @property
     def device(self) -> torch.device:
@@ -299,7 +299,7 @@ class ImageToTextPipeline:
     def _generate(self, pixels: npt.NDArray[np.float32], plan: _Plan) -> list[list[Sequence[int]]]:
         """Let transformers generate for pixels (B, 3, H, W): what dbcap's search does not know. B lists of tokens."""
         tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
-        inputs = self._captioner._inputs(tensor, plan.settings.prompt)
+        inputs = self._captioner.inputs(tensor, plan.settings.prompt)
         config = copy.copy(plan.config)
         if self.model.generation_config.max_new_tokens is None and config.max_length is not None:
             config.max_new_tokens = None  # nothing overrules the length, and two of them are warned about

@@ -79,7 +79,7 @@ def _replace(captioner: TransformersCaptioner, model: Any, tokenizer: Any, proce
     if tokenizer is not None and tokenizer != model:
         captioner.tokenizer = tokenizer
     if processor is not None and processor != model:
-        captioner._processor = _AsArrays(processor)
+        captioner.image_processor = _AsArrays(processor)
 
 
 def _name(dtype: str | torch.dtype) -> str:
@@ -106,13 +106,7 @@ def _around(model: Any, tokenizer: Any, processor: Any, device: str, dtype: Any)
     if dtype is not None and _name(dtype) not in (_name(model.dtype), "auto"):
         raise UsageError(f"the model is in {_name(model.dtype)}, not {_name(dtype)}", "convert it by model.to(dtype)")
     place = devices.choose(device=device, dtype=_name(model.dtype), parameters=0).device
-    captioner = kind.__new__(kind)
-    captioner.name, captioner.config = type(model).__name__, model.config
-    captioner.device, captioner.dtype = torch.device(place), model.dtype
-    captioner._model, captioner._engine = model.to(place).eval(), None
-    captioner._processor, captioner.tokenizer = _AsArrays(processor), tokenizer
-    captioner._defaults = model.generation_config.to_diff_dict()
-    return captioner
+    return kind.around(model, tokenizer, _AsArrays(processor), place)
 
 
 class _AsArrays:

@@ -20,6 +20,7 @@ from dbcap.config.models import CaptionConfig
 from dbcap.errors import InputError
 from dbcap.inputs import Source
 
+ToPixels = Callable[[Image.Image], npt.NDArray[np.float32]]
 JOIN_SECONDS = 1.0
 """How long the end waits for threads that are still reading; a slow server may keep them for longer."""
 
@@ -36,30 +37,31 @@ class Prepared:
     error: InputError | None = None
 
 
-def prepare(
-    source: Source, config: CaptionConfig, to_pixels: Callable[[Image.Image], npt.NDArray[np.float32]]
-) -> Prepared:
+def prepare(source: Source, config: CaptionConfig, to_pixels: ToPixels) -> Prepared:
     """Read one input and turn it into pixels; an input that cannot be read comes back with its error."""
     if source.error:
         return Prepared(source, error=source.error)
+    return prepared(source, lambda: _picture(source, config), to_pixels)
+
+
+def prepared(source: Source, read: Callable[[], images.Picture], to_pixels: ToPixels) -> Prepared:
+    """Do so with a picture that `read` reads."""
     try:
-        if source.is_url:
-            data = web.fetch(source.name, timeout=config.url_timeout, max_bytes=config.url_max_mb * 1_000_000)
-            picture = images.read_bytes(data, alpha=config.alpha, max_pixels=config.max_pixels)
-        else:
-            picture = images.read(source.name, alpha=config.alpha, max_pixels=config.max_pixels)
+        picture = read()
         try:
             pixels = to_pixels(picture.image)
-        except (
-            ValueError,
-            TypeError,
-            ArithmeticError,
-            MemoryError,
-        ) as error:  # a processor that cannot take such a shape
+        except (ValueError, TypeError, ArithmeticError, MemoryError) as error:  # it cannot take such a shape
             raise InputError(f"the model's processor refuses it: {error}", kind="unsupported") from error
     except InputError as error:
         return Prepared(source, error=error)
     return Prepared(source, pixels, picture.sha256, picture.width, picture.height)
+
+
+def _picture(source: Source, config: CaptionConfig) -> images.Picture:
+    if not source.is_url:
+        return images.read(source.name, alpha=config.alpha, max_pixels=config.max_pixels)
+    data = web.fetch(source.name, timeout=config.url_timeout, max_bytes=config.url_max_mb * 1_000_000)
+    return images.read_bytes(data, alpha=config.alpha, max_pixels=config.max_pixels)
 
 
 def in_order(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from dbcap.captioning.engines.torch import TorchEngine
 from dbcap.captioning.search import Special, search
 from dbcap.events import Silent
 from dbcap.testing.models import write_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY, WIDTH, LAYERS = 50, 32, 3
 END = 1
@@ -58,14 +59,6 @@ KINDS: dict[str, tuple[type, dict[str, Any], int]] = {
     "bert, output of its own": (BertConfig, {"tie_word_embeddings": False, "type_vocab_size": 1}, WIDTH),
     "bert with a narrower encoder": (BertConfig, {}, 16),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(kind: str = "gpt2", dtype: torch.dtype = torch.float32) -> VisionEncoderDecoderModel:

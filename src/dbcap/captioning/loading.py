@@ -1,0 +1,96 @@
+"""Loading models of transformers: whole or not at all, with plain errors, and without the library's talk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from dbcap.captioning.decoding import Decoding
+from dbcap.errors import ModelError
+
+if TYPE_CHECKING:
+    from dbcap.models.hub import LocalModel
+
+
+def load_weights(auto_class: Any, local: LocalModel, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Load the model; returns it and the weights of the file that it has no place for."""
+    with clear_errors(local.spec.text):
+        model, info = auto_class.from_pretrained(
+            str(local.folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    # The pooler of a ViT encoder is not used for captions, and many checkpoints leave it out.
+    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in key)
+    if wrong := [*missing, *sorted(str(key) for key in info.get("mismatched_keys", ()))]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        what = "lacks the weight" if missing else "has a weight of another shape than its config says:"
+        raise ModelError(
+            f"{local.spec.text} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
+        )
+    return model, sorted(info["unexpected_keys"])
+
+
+_OWN_SETTINGS = {
+    *(field.name for field in dataclasses.fields(Decoding)),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "num_return_sequences"),
+    *("max_new_tokens", "min_new_tokens", "use_cache", "transformers_version"),
+}
+
+
+def foreign_settings(config: transformers.GenerationConfig) -> list[str]:
+    """Return the settings of a generation config that change captions and that dbcap's search does not know."""
+    about_output = ("_", "output_", "return_dict")
+    return [
+        name
+        for name, value in config.to_diff_dict().items()
+        if name not in _OWN_SETTINGS
+        and not name.startswith(about_output)
+        # 0 and 1 leave everything as it is, but for a token and a switch
+        and (value is True or value not in (None, 0, 1, [], {}) or (value is not None and name.endswith("_id")))
+    ]
+
+
+def decoding_defaults(folder: Path) -> dict[str, Any]:
+    """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's."""
+    path = folder / "generation_config.json"
+    values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    for length, made in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if values.get(made):
+            values[length] = values[made] + 1  # and the start token; as in transformers it outdoes the other
+    return values
+
+
+@contextlib.contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """Turn what loading raises into one line about the model."""
+    with quiet_libraries():
+        try:
+            yield
+        except Exception as error:  # tokenizers raises that very class
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(f"{name} cannot be loaded: {first}") from error
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers' load reports, bars and advice from the user's terminal, and restore its settings after."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
