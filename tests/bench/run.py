@@ -11,6 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import agreement
 import engine
 import memory
 import startup
@@ -21,6 +22,7 @@ BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "startup": startup.measure,
     "memory": memory.measure,
     "engine": engine.measure,
+    "agreement": agreement.measure,
 }
 RESULTS = Path(__file__).parents[2] / "bench-results"
 
