@@ -437,7 +437,8 @@ def test_a_killed_download(served, heard, child):
     served.slow("pytorch_model.bin", 300_000)
     small_chunks = "from huggingface_hub import constants\nconstants.DOWNLOAD_CHUNK_SIZE = 2**16\n"
     killed = child(small_chunks + PULL, NAME)
-    wait_for(unfinished)
+    # The small files come first, each unfinished for a moment too.
+    wait_for(lambda: fetched(served)[-1:] == ["pytorch_model.bin"] and unfinished())
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     (left,) = unfinished()
