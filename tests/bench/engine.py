@@ -21,6 +21,7 @@ from transformers import VisionEncoderDecoderModel
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.packed import Linear
 from dbcap.captioning.engines.torch import TorchEngine
+from dbcap.captioning.loading import load_weights
 from dbcap.captioning.search import Special, search
 from dbcap.models import cpu
 
@@ -89,15 +90,18 @@ def load(folder: Path, dtype: str) -> Any:
     return VisionEncoderDecoderModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
+def own_engine(folder: Path, dtype: str) -> TorchEngine:
+    """Load dbcap's engine as `dbcap caption` does."""
+    loaded = load_weights(VisionEncoderDecoderModel, folder, folder.name, getattr(torch, dtype))
+    return TorchEngine(loaded.model, loaded.release)
+
+
 def once(folder: str, name: str, dtype: str, images: int, beams: int) -> None:
     """Load and caption once, in a process whose peak memory is measured."""
-    model = load(Path(folder), dtype)
     if name == "generate":
-        generate(model, images, beams)
+        generate(load(Path(folder), dtype), images, beams)
     else:
-        engine = TorchEngine(model)
-        del model
-        caption(engine, images, beams)
+        caption(own_engine(Path(folder), dtype), images, beams)
 
 
 def own_peak_mib() -> float:

@@ -18,7 +18,14 @@ from safetensors import SafetensorError, safe_open
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
-from dbcap.captioning.loading import clear_errors, decoding_defaults, foreign_settings, load_weights, quiet_libraries
+from dbcap.captioning.loading import (
+    Loaded,
+    clear_errors,
+    decoding_defaults,
+    foreign_settings,
+    load_weights,
+    quiet_libraries,
+)
 from dbcap.captioning.search import MIN_ROWS, Found, Special
 from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
@@ -42,7 +49,8 @@ class TransformersCaptioner:
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
         self._local = local
-        self._model, self.unused = self._load()
+        loaded = self._load()
+        self._model, self.unused, self._release = loaded.model, loaded.unused, loaded.release
         self._engine: TorchEngine | None = None
         self.config = self._model.config
         self._generation = self._generation_config_of(self._model)
@@ -66,19 +74,20 @@ class TransformersCaptioner:
         captioner._defaults = model.generation_config.to_diff_dict()
         return captioner
 
-    def _load(self) -> tuple[Any, list[str]]:
-        model, unused = load_weights(self.auto_class, self._local, self.dtype)
-        config = self._generation_config_of(model)
+    def _load(self) -> Loaded:
+        loaded = load_weights(self.auto_class, self._local.folder, self.name, self.dtype)
+        config = self._generation_config_of(loaded.model)
         # They are in `_defaults` as lengths; left here, they would overrule the length that the user asks for.
         config.max_new_tokens = config.min_new_tokens = None
-        return model.to(self.device).eval(), unused
+        loaded.model.to(self.device)
+        return loaded
 
     @property
     def model(self) -> Any:
         """The transformers model; the engine took the weights of the first one, so it is loaded at first use."""
         if self._model is None:
             with quiet_libraries():
-                self._model, _ = self._load()
+                self._model = self._load().model
         return self._model
 
     def use_engine(self) -> str:
@@ -90,7 +99,7 @@ class TransformersCaptioner:
             return f"its decoder is a {decoder}"
         if foreign := foreign_settings(self._generation):
             return f"its generation config has {foreign[0]}"
-        self._engine, self._model = TorchEngine(self._model), None
+        self._engine, self._model = TorchEngine(self._model, self._release), None
         return ""
 
     @property

@@ -7,35 +7,58 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import GenerationConfig
 
 from dbcap.captioning.decoding import Decoding
 from dbcap.errors import ModelError
+from dbcap.models.layout import CONFIG, choose_in
+from dbcap.models.mapped import MappedWeights
 
 if TYPE_CHECKING:
-    from dbcap.models.hub import LocalModel
+    pass
 
 
-def load_weights(auto_class: Any, local: LocalModel, dtype: torch.dtype) -> tuple[Any, list[str]]:
-    """Load the model; returns it and the weights of the file that it has no place for."""
-    with clear_errors(local.spec.text):
-        model, info = auto_class.from_pretrained(
-            str(local.folder), dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+@dataclass(frozen=True)
+class Loaded:
+    """A transformers model."""
+
+    model: Any
+    """In evaluation mode."""
+    unused: list[str]
+    """The weights of the file that it has no place for."""
+    release: Callable[[], None]
+    """Gives back the memory of what was read of the file so far; the model reads again what it still needs."""
+
+
+def load_weights(auto_class: Any, folder: Path, model: str, dtype: torch.dtype) -> Loaded:
+    """Load the model in a folder. Raises ModelError, which calls it what the user called it."""
+    choice = choose_in(folder, model)
+    with clear_errors(model):
+        weights = MappedWeights([folder / name for name in choice.weights if name != choice.index])
+        config = auto_class.config_class.from_pretrained(folder, local_files_only=True)
+        module, info = auto_class.from_pretrained(
+            None, config=config, state_dict=weights.tensors(dtype), dtype=dtype, output_loading_info=True
         )
+        # Without one, transformers takes the settings from config.json, where models of 2022 have them.
+        there = (folder / "generation_config.json").is_file()
+        where: dict[str, Any] = {} if there else {"config_file_name": CONFIG, "_from_model_config": True}
+        module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True, **where)
     # The pooler of a ViT encoder is not used for captions, and many checkpoints leave it out.
     missing = sorted(key for key in info["missing_keys"] if ".pooler." not in key)
     if wrong := [*missing, *sorted(str(key) for key in info.get("mismatched_keys", ()))]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         what = "lacks the weight" if missing else "has a weight of another shape than its config says:"
         raise ModelError(
-            f"{local.spec.text} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
+            f"{model} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
         )
-    return model, sorted(info["unexpected_keys"])
+    return Loaded(module.eval(), sorted(info["unexpected_keys"]), weights.release)
 
 
 _OWN_SETTINGS = {
@@ -45,7 +68,7 @@ _OWN_SETTINGS = {
 }
 
 
-def foreign_settings(config: transformers.GenerationConfig) -> list[str]:
+def foreign_settings(config: GenerationConfig) -> list[str]:
     """Return the settings of a generation config that change captions and that dbcap's search does not know."""
     about_output = ("_", "output_", "return_dict")
     return [

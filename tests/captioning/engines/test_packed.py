@@ -83,9 +83,11 @@ def test_all_linear_layers_of_a_module_are_replaced():
     x = drawn(3, 8)
     with torch.inference_mode():
         before = module(x)
-        pack_linears(module)
+        released = []
+        pack_linears(module, lambda: released.append(1))
         torch.testing.assert_close(module(x), before, rtol=1e-5, atol=1e-6)
     kinds = [type(layer) for layer in module.modules()]
     assert nn.Linear not in kinds
     assert kinds.count(Linear) == 2
     assert kinds.count(Other) == 1
+    assert len(released) == 2, "each layer gives back what was read for it"

@@ -50,15 +50,20 @@ class Decoder:
     """(R, C) -> (R, V)."""
 
 
-def build(module: Any) -> Decoder:
-    """Take a decoder out of its transformers module, whose weights are released as they are packed."""
-    return BUILDERS[module.config.model_type](module)
+def build(module: Any, release: Callable[[], None]) -> Decoder:
+    """Take a decoder out of its transformers module, whose weights go as they are packed.
+
+    The output layer, the largest, comes first: `release`, called after each layer, gives back what was read of a file,
+    and so the table of embeddings, which is the same tensor in most models, takes memory only where it is looked up.
+    """
+    return BUILDERS[module.config.model_type](module, release)
 
 
-def _gpt2(module: Any) -> Decoder:
+def _gpt2(module: Any, release: Callable[[], None]) -> Decoder:
     config, body = module.config, module.transformer
     words, positions = body.wte.weight.detach(), body.wpe.weight.detach()
     head = Linear(module.lm_head.weight, module.lm_head.bias)
+    release()
     layers = []
     for number, block in enumerate(body.h):
         scale = float(block.attn.scaling)
@@ -78,6 +83,7 @@ def _gpt2(module: Any) -> Decoder:
             )
         )
         body.h[number] = nn.Identity()
+        release()
     return Decoder(
         tuple(layers),
         config.n_head,
@@ -93,10 +99,10 @@ def _conv1d(module: Any, name: str, activation: str = "") -> Linear:
     """Take GPT-2's linear layer, whose weight is stored the other way round, out of a module."""
     layer = getattr(module, name)
     setattr(module, name, None)
-    return Linear(layer.weight.T.contiguous(), layer.bias, activation)
+    return Linear(layer.weight.T, layer.bias, activation)
 
 
-def _bert(module: Any) -> Decoder:
+def _bert(module: Any, release: Callable[[], None]) -> Decoder:
     config, body, head = module.config, module.bert, module.cls.predictions
     embeddings = body.embeddings
     words = embeddings.word_embeddings.weight.detach()
@@ -104,6 +110,7 @@ def _bert(module: Any) -> Decoder:
     positions = embeddings.position_embeddings.weight.detach()
     widen_head = Linear(head.transform.dense.weight, head.transform.dense.bias, config.hidden_act)
     vocabulary = Linear(head.decoder.weight, head.decoder.bias)
+    release()
     layers = []
     for number, block in enumerate(body.encoder.layer):
         own, cross = block.attention, block.crossattention
@@ -123,6 +130,7 @@ def _bert(module: Any) -> Decoder:
             )
         )
         body.encoder.layer[number] = nn.Identity()
+        release()
     return Decoder(
         tuple(layers),
         config.num_attention_heads,
@@ -142,5 +150,5 @@ def _stacked(*layers: nn.Linear) -> Linear:
     return Linear(torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None)
 
 
-BUILDERS: dict[str, Callable[[Any], Decoder]] = {"gpt2": _gpt2, "bert": _bert}
+BUILDERS: dict[str, Callable[[Any, Callable[[], None]], Decoder]] = {"gpt2": _gpt2, "bert": _bert}
 """`model_type` of a decoder -> what takes it out of its module."""

@@ -10,6 +10,7 @@ are those of the plain layer but for the order of additions; a row does not depe
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ class Linear(nn.Module):
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """Return a weight (N, K) in the blocks of oneDNN; nothing but its kernels can read it."""
+    """Return a weight (N, K), or a view as such of one (K, N), in blocks that nothing but oneDNN's kernels can read."""
     with torch.inference_mode(False), torch.no_grad():
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -76,16 +77,20 @@ def _packs(dtype: torch.dtype) -> bool:
     return bool((product == 16).all())
 
 
-def pack_linears(module: nn.Module) -> None:
-    """Replace every `nn.Linear` inside a module, one by one, so that no two copies of all weights exist at once."""
+def pack_linears(module: nn.Module, release: Callable[[], None]) -> None:
+    """Replace every `nn.Linear` inside a module, one by one, so that no two copies of all weights exist at once.
+
+    `release` is called after each: what was read of a file for it is not needed any more.
+    """
     activation = _activation(module)
     if activation:
         module.activation_fn = nn.Identity()
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, Linear(child.weight, child.bias, activation if name == "fc1" else ""))
+            release()
         else:
-            pack_linears(child)
+            pack_linears(child, release)
 
 
 def _activation(module: nn.Module) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from dbcap.captioning.engines import attention, decoders, packed
 from dbcap.captioning.engines.decoders import Layer
 from dbcap.captioning.rules import Best, Ids
+from dbcap.models.mapped import trim
 
 ROOM = 32
 """Positions that a cache has room for at first; it doubles when they are used up."""
@@ -36,12 +38,13 @@ class Cache:
 class TorchEngine:
     """Runs a VisionEncoderDecoderModel whose modules it takes over: the model is of no use afterwards."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, release: Callable[[], None] = lambda: None) -> None:
+        """Take the weights out of a model; `release` gives back the memory of those that were read from a file."""
         self._device, self._dtype = model.device, model.dtype
         self._encoder = model.encoder
         self._project = model.enc_to_dec_proj if hasattr(model, "enc_to_dec_proj") else None
-        self._decoder = decoders.build(model.decoder)
-        packed.pack_linears(self._encoder)
+        self._decoder = decoders.build(model.decoder, release)
+        packed.pack_linears(self._encoder, release)
         if self._device.type == "cpu" and self._dtype == torch.bfloat16:
             self._encoder.set_attn_implementation(attention.NAME)
 
@@ -55,6 +58,8 @@ class TorchEngine:
         """Encode pixels (B, 3, H, W), and make the cache for B x `width` rows of up to `length` tokens."""
         images = torch.from_numpy(pixels).to(self._device, self._dtype)
         hidden = self._encoder(pixel_values=images).last_hidden_state
+        if self.leaves:  # 30 MiB of 8 images, for 1 ms; in bfloat16 memory is not short, and 1 ms is more
+            trim()
         if self._project is not None:
             hidden = self._project(hidden)
         decoder = self._decoder

@@ -1,0 +1,104 @@
+"""Weights of safetensors files: every type and shape, converted, mapped, and given back without a change."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dbcap.models.mapped import SMALL, MappedWeights, trim
+
+LARGE = SMALL // 4 + 1  # elements of float32
+
+
+def resident_file_bytes() -> int:
+    """Return how many bytes of files this process has in memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssFile:")[1].split()[0]) * 1024
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+        torch.bool,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16], ids=str)
+def test_floating_point_numbers_become_what_is_wanted_and_others_stay(tmp_path, kind, wanted):
+    few = torch.tensor([[0, 1, 3], [1, 0, 2]]).to(kind)
+    many = torch.ones(4 * LARGE, dtype=torch.uint8).to(kind)
+    save_file({"few": few, "many": many}, tmp_path / "w.safetensors")
+    found = MappedWeights([tmp_path / "w.safetensors"]).tensors(wanted)
+    assert sorted(found) == ["few", "many"]
+    expected = wanted if kind.is_floating_point else kind
+    assert found["few"].dtype == found["many"].dtype == expected
+    assert found["few"].shape == (2, 3)
+    assert torch.equal(found["few"], few.to(expected))
+    assert torch.equal(found["many"], many.to(expected))
+
+
+def test_several_files_scalars_and_empty_tensors(tmp_path):
+    save_file({"scalar": torch.tensor(2.5), "none": torch.empty(0, 4)}, tmp_path / "1.safetensors")
+    save_file({"row": torch.arange(4.0)}, tmp_path / "2.safetensors", metadata={"format": "pt"})
+    found = MappedWeights([tmp_path / "1.safetensors", tmp_path / "2.safetensors"]).tensors(torch.float32)
+    assert found["scalar"].shape == ()
+    assert found["scalar"] == 2.5
+    assert found["none"].shape == (0, 4)
+    assert found["row"].tolist() == [0, 1, 2, 3]
+
+
+def test_numbers_that_lie_at_odd_places_are_read_all_the_same(tmp_path):
+    values = torch.arange(LARGE, dtype=torch.float32)
+    entry = {"dtype": "F32", "shape": [LARGE], "data_offsets": [0, 4 * LARGE]}
+    header = json.dumps({"row": entry}).encode()
+    header += b" " * ((3 - len(header)) % 4)  # the numbers begin at 4 n + 3
+    data = struct.pack("<Q", len(header)) + header + values.numpy().tobytes()
+    (tmp_path / "w.safetensors").write_bytes(data)
+    found = MappedWeights([tmp_path / "w.safetensors"]).tensors(torch.float32)
+    assert torch.equal(found["row"], values)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says how much of a file is in memory")
+def test_release_gives_back_the_file_and_keeps_every_value(tmp_path):
+    values = torch.arange(16 * LARGE, dtype=torch.float32)
+    save_file({"row": values}, tmp_path / "w.safetensors")
+    weights = MappedWeights([tmp_path / "w.safetensors"])
+    row = weights.tensors(torch.float32)["row"]
+    before = resident_file_bytes()
+    assert torch.equal(row, values)
+    read = resident_file_bytes()
+    assert read - before > values.nbytes // 2, "it is mapped, and was read"
+    weights.release()
+    assert resident_file_bytes() - before < values.nbytes // 4
+    assert torch.equal(row, values)
+
+
+def test_what_is_mapped_outlives_the_name_of_its_file(tmp_path):
+    values = torch.arange(LARGE, dtype=torch.float32)
+    save_file({"row": values}, tmp_path / "w.safetensors")
+    weights = MappedWeights([tmp_path / "w.safetensors"])
+    row = weights.tensors(torch.float32)["row"]
+    (tmp_path / "w.safetensors").unlink()
+    weights.release()
+    del weights
+    trim()
+    assert torch.equal(row, values)
+
+
+def test_a_type_that_torch_has_not_is_named(tmp_path):
+    header = json.dumps({"odd": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0\0")
+    with pytest.raises(ValueError, match="odd is stored as F4"):
+        MappedWeights([tmp_path / "w.safetensors"]).tensors(torch.float32)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x10", b"\xff" * 64, struct.pack("<Q", 2) + b"{]"])
+def test_damaged_files_are_refused(tmp_path, data):
+    (tmp_path / "w.safetensors").write_bytes(data)
+    with pytest.raises(Exception, match=r"(?i)header|empty|deserializ"):
+        MappedWeights([tmp_path / "w.safetensors"])
