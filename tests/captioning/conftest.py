@@ -69,10 +69,10 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     home = tmp_path_factory.mktemp("home")
 
-    def call(folder: Path, dtype: Any = "float32", events: Any = None) -> Any:
+    def call(folder: Path, dtype: Any = "float32", events: Any = None, **options: Any) -> Any:
         local = hub.locate(str(folder), offline=True, events=Silent(), home=home)
         choice = Choice("cpu", dtype, 8, torch.get_num_threads(), (), "any")
-        return captioner.load(local, choice, events or Silent())
+        return captioner.load(local, choice, events or Silent(), **options)
 
     return call
 

@@ -23,6 +23,7 @@ VALUES = {
     "caption.device": ("cuda:1", "cuda:1"),
     "caption.dtype": ("bfloat16", "bfloat16"),
     "caption.batch_size": ("16", 16),
+    "caption.compile": ("true", True),
     "caption.recursive": ("true", True),
     "caption.null": ("true", True),
     "caption.alpha": ("#00ff00", "#00ff00"),

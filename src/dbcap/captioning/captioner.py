@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from dbcap.captioning.compiling import compile_encoder, compiler_errors
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
@@ -102,6 +103,13 @@ class TransformersCaptioner:
         self._engine, self._model = TorchEngine(self._model, self._release), None
         return ""
 
+    def compile(self) -> str:
+        """Have torch.compile compile the encoder at its first use. Returns an empty string, or why that is not done."""
+        if self._engine:
+            return self._engine.compile()
+        compile_encoder(self._encoder())
+        return ""
+
     @property
     def capabilities(self) -> Capabilities:
         """What this model can do."""
@@ -139,6 +147,7 @@ class TransformersCaptioner:
         """Return what tokens spell, without the special ones and not stripped: GPT-2's end with a space at times."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
+    @compiler_errors()
     @torch.inference_mode()
     def search(self, pixels: npt.NDArray[np.float32], decoding: Decoding, seeds: Sequence[int]) -> list[list[Found]]:
         """Do what `generate` does, and return tokens instead of texts."""
@@ -219,6 +228,9 @@ class TransformersCaptioner:
 
     # What the families below do in their own way.
 
+    def _encoder(self) -> torch.nn.Module:
+        return self._model.encoder
+
     def _generation_config_of(self, model: Any) -> transformers.GenerationConfig:
         return model.generation_config
 
@@ -247,6 +259,9 @@ class Blip(TransformersCaptioner):
     auto_class = transformers.BlipForConditionalGeneration
     prompts = True
 
+    def _encoder(self) -> torch.nn.Module:
+        return self._model.vision_model
+
     def _generation_config_of(self, model: Any) -> transformers.GenerationConfig:
         config = model.text_decoder.generation_config
         config.eos_token_id = model.config.text_config.sep_token_id
@@ -273,6 +288,9 @@ class Git(TransformersCaptioner):
     auto_class = transformers.GitForCausalLM
     prompts = True
 
+    def _encoder(self) -> torch.nn.Module:
+        return self._model.git.image_encoder
+
     def _max_positions(self) -> int | None:
         return int(self.config.max_position_embeddings)
 
@@ -289,8 +307,11 @@ FAMILIES: dict[str, type[TransformersCaptioner]] = {
 """`model_type` of a config.json -> captioner."""
 
 
-def load(local: LocalModel, choice: Choice, events: Events) -> Captioner:
-    """Load a captioner. Raises ModelError for a model that is none, or that lacks weights."""
+def load(local: LocalModel, choice: Choice, events: Events, *, compiled: bool = False) -> Captioner:
+    """Load a captioner; `compiled`: with torch.compile, where it is of use, and else say why not.
+
+    Raises ModelError for a model that is none, or that lacks weights.
+    """
     from dbcap.plugins import loader
 
     kind = model_type(local.folder, local.spec.text)
@@ -301,8 +322,17 @@ def load(local: LocalModel, choice: Choice, events: Events) -> Captioner:
             events.detail(f"{captioner.name}: {len(unused)} weights of the file are not used, {unused[0]} the first")
         why_not = captioner.use_engine()
         events.detail(f"decoding: transformers' generate, since {why_not}" if why_not else "decoding: dbcap's engine")
+        if compiled:
+            left_out = captioner.compile()
+            events.say(
+                f"--compile is left out: {left_out}"
+                if left_out
+                else "torch.compile compiles the encoder with the first batch; that takes a while"
+            )
         return captioner
     if factory := loader.captioners(FAMILIES).get(kind):
+        if compiled:
+            events.say(f"--compile is left out: models of type {kind} are a plugin's")
         return _of_plugin(factory, kind, local, choice)
     raise ModelError(
         f"{local.spec.text} is a model of type {kind}, which captions no images here",

@@ -119,7 +119,7 @@ class _Run:
             events.detail(reason)
         self._local: LocalModel = local
         self._choice: Choice = choice
-        self._captioner: Captioner = captioner.load(local, choice, events)
+        self._captioner: Captioner = captioner.load(local, choice, events, compiled=config.compile)
         self._decoding = decoding.settle(
             config, self._captioner.defaults(), self._captioner.capabilities, local.spec.text
         )
@@ -139,6 +139,7 @@ class _Run:
             "device": self._choice.device.partition(":")[0],
             "dtype": self._choice.dtype,
             "batch size": self._batch_size,
+            "compile": config.compile,
             **self._decoding.as_dict(),
             **{name: list(value) if isinstance(value := getattr(config, name), tuple) else value for name in text},
         }

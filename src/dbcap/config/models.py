@@ -52,6 +52,7 @@ class ComputeConfig(Section):
         "auto", "Number format of the weights.", group=COMPUTE
     )
     batch_size: Literal["auto"] | Count = option("auto", "Images that go through the model at once.", group=COMPUTE)
+    compile: bool = option(False, "Use torch.compile, where it is of use: for long runs on a GPU.", group=COMPUTE)
 
 
 class CaptionConfig(ComputeConfig):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from dbcap.captioning.compiling import compile_encoder
 from dbcap.captioning.engines import attention, decoders, packed
 from dbcap.captioning.engines.decoders import Layer
 from dbcap.captioning.rules import Best, Ids
@@ -52,6 +53,14 @@ class TorchEngine:
     def leaves(self) -> bool:
         """Whether finished images leave the batch: in float32."""
         return self._dtype == torch.float32
+
+    def compile(self) -> str:
+        """Have the encoder compiled at its first use. Returns an empty string, or why that is not done."""
+        if packed.can_pack(next(self._encoder.parameters())):
+            # ViT-B, 8 images, 2 cores with AVX512-BF16: 332 ms packed, 385 to 418 ms compiled; float32 644, 1280 ms.
+            return "on this CPU the engine's packed layers are faster than what torch.compile makes"
+        compile_encoder(self._encoder)
+        return ""
 
     @torch.inference_mode()
     def encode(self, pixels: npt.NDArray[np.float32], width: int, length: int) -> Cache:
