@@ -26,7 +26,6 @@ from dbcap.captioning.search import Special, search
 from dbcap.models import cpu
 
 RUNS = 5
-SPECIAL = Special(END, (END,), END)
 WORK = {
     (8, 4): "8 images x 4 beams",
     (8, 1): "8 images, greedy",
@@ -79,10 +78,10 @@ def generate(model: Any, images: int, beams: int) -> None:
         model.generate(pixels, num_beams=beams, do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS)
 
 
-def caption(engine: TorchEngine, images: int, beams: int) -> None:
+def caption(engine: TorchEngine, images: int, beams: int, end: int = END, side: int = 224) -> None:
     """Let the engine do the same."""
     decoding = Decoding(num_beams=beams, max_length=TOKENS + 1, min_length=TOKENS + 1)
-    search(engine, np.zeros((images, 3, 224, 224), np.float32), decoding, SPECIAL, [0] * images)
+    search(engine, np.zeros((images, 3, side, side), np.float32), decoding, Special(end, (end,), end), [0] * images)
 
 
 def load(folder: Path, dtype: str) -> Any:

@@ -30,12 +30,14 @@ def folder(vision: dict[str, Any] | None = None, text: dict[str, Any] | None = N
 
 def write(place: Path, vision: dict[str, Any], text: dict[str, Any]) -> Path:
     """Write a model with random weights."""
-    halves = ViTConfig(**vision), GPT2Config(add_cross_attention=True, is_decoder=True, **text)
+    end = text.get("vocab_size", END + 1) - 1
+    marks = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    halves = ViTConfig(**vision), GPT2Config(add_cross_attention=True, is_decoder=True, **marks, **text)
     torch.manual_seed(0)
     model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_encoder_decoder_configs(*halves))
     for config in (model.config, model.generation_config):
-        for key in ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, key, END)
+        for key in ("decoder_start_token_id", *marks):
+            setattr(config, key, end)
     model.save_pretrained(place)
     size = halves[0].image_size
     processor: BaseImageProcessor = ViTImageProcessorPil(size={"height": size, "width": size})

@@ -12,6 +12,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import agreement
+import batch_sizes
+import command_line
 import engine
 import memory
 import startup
@@ -22,6 +24,8 @@ BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "startup": startup.measure,
     "memory": memory.measure,
     "engine": engine.measure,
+    "batch-sizes": batch_sizes.measure,
+    "command-line": command_line.measure,
     "agreement": agreement.measure,
 }
 RESULTS = Path(__file__).parents[2] / "bench-results"

@@ -294,3 +294,10 @@ def test_urls_are_fetched(tmp_path):
 )
 def test_stems(name, is_url, stem):
     assert reading.stem_of(Source(name, is_url=is_url)) == stem
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "size"), [(0, 8, 0), (1, 8, 1), (8, 8, 8), (9, 8, 5), (70, 64, 35), (2000, 16, 16), (17, 16, 9)]
+)
+def test_batches_fill_up_evenly(count, most, size):
+    assert reading.evenly(count, most) == size

@@ -166,7 +166,7 @@ def test_every_field_is_an_option_that_says_all_it_must(cli):
 def test_own_options_come_before_inherited_ones():
     names = [parameter.name for parameter in options_of(CaptionConfig)]
     assert names[0] == "inputs"
-    assert names[-3:] == ["device", "dtype", "batch_size"]
+    assert names[-4:] == ["device", "dtype", "batch_size", "compile"]
     assert sorted(names) == sorted(CaptionConfig.model_fields)
 
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from dbcap.errors import UsageError
-from dbcap.models import cpu
-from dbcap.models.device import BATCH_SIZES, Accelerator, Choice, accelerators, choose, decide
+from dbcap.models import cpu, device
+from dbcap.models.device import Accelerator, Choice, accelerators, choose, decide
 
 FULL, STARTER, TINY = 239_195_904, 8_560_384, 2_000_000
 
@@ -142,29 +145,61 @@ def test_values_that_cannot_be(asked: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "parameters", "size"),
-    [
-        ((), STARTER, 32),
-        ((), 86_000_000, 16),
-        ((), FULL, 8),
-        ((), 10**12, 8),
-        ((H100,), STARTER, 64),
-        ((H100,), FULL, 32),
-        ((M2,), FULL, 16),
-    ],
+    ("found", "parameters", "size"), [((H100,), STARTER, 64), ((H100,), FULL, 32), ((M2,), FULL, 16)]
 )
-def test_auto_batch_size(found: tuple[Accelerator, ...], parameters: int, size: int) -> None:
+def test_auto_batch_size_on_a_gpu(found: tuple[Accelerator, ...], parameters: int, size: int) -> None:
     choice = on(*found, parameters=parameters)
     assert choice.batch_size == size
     assert f"batch size {size}: " in choice.why[2]
 
 
-def test_batch_sizes_have_four_rows_and_fall_with_the_model() -> None:
-    for table in BATCH_SIZES.values():
-        assert [most for most, _ in table] == sorted(most for most, _ in table)
-        assert [size for _, size in table] == sorted((size for _, size in table), reverse=True)
-        assert table[-1][0] == float("inf")
-        assert min(size for _, size in table) >= 4
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put another table in the place of the one that `make bench` wrote."""
+    table = {
+        "amx": {"measured": "x", "float32": [[2e6, 64], [200e6, 8]], "bfloat16": [[2e6, 32], [200e6, 16]]},
+        "avx2": {"measured": "y", "float32": [[2e6, 2]], "bfloat16": [[2e6, 4]]},
+    }
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    monkeypatch.setattr(device, "BATCH_SIZES", tmp_path / "table.json")
+    device._batch_sizes.cache_clear()
+    yield
+    device._batch_sizes.cache_clear()
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize(
+    ("cpu_class", "dtype", "parameters", "size"),
+    [
+        ("amx", "float32", 1, 64),
+        ("amx", "float32", 0, 64),
+        ("amx", "float32", 2_000_000, 64),
+        ("amx", "float32", 19_000_000, 64),
+        ("amx", "float32", 21_000_000, 8),
+        ("amx", "float32", 10**12, 8),
+        ("amx", "bfloat16", FULL, 16),
+        ("amx", "float16", FULL, 8),
+        ("avx2", "float32", FULL, 2),
+        ("neon", "float32", FULL, 8),
+    ],
+)
+def test_auto_batch_size_on_a_cpu(cpu_class: str, dtype: str, parameters: int, size: int) -> None:
+    choice = on(cpu_class=cpu_class, dtype=dtype, parameters=parameters)
+    assert choice.batch_size == size
+    of = cpu_class if cpu_class == "avx2" else "amx"
+    assert f"batch size {size}: the best for" in choice.why[2]
+    assert f"(CPU class {of})" in choice.why[2]
+
+
+def test_the_table_that_make_bench_wrote() -> None:
+    table = json.loads(device.BATCH_SIZES.read_text())
+    assert table
+    for of_class in table.values():
+        assert set(of_class) == {"measured", "float32", "bfloat16"}
+        for dtype in ("float32", "bfloat16"):
+            rows = of_class[dtype]
+            assert [parameters for parameters, _ in rows] == sorted({parameters for parameters, _ in rows})
+            assert all(1 <= size <= 64 for _, size in rows)
 
 
 def test_this_machine_twice() -> None:

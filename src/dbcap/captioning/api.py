@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from dbcap.captioning import captioner as models
 from dbcap.captioning import decoding
 from dbcap.captioning.decoding import Decoding
+from dbcap.captioning.failures import memory_errors
 from dbcap.captioning.feed import IMAGES, ImageLike, Item, batches, is_image, item_of, picture_of, prepare, stacked
-from dbcap.captioning.reading import Prepared
+from dbcap.captioning.reading import Prepared, evenly
 from dbcap.captioning.run import image_seed
 from dbcap.config.fields import flag_of
 from dbcap.config.layers import checked
@@ -162,6 +163,8 @@ class Captioner:
             return next(self._captions([item_of(images)], config, settled, 1))
         if isinstance(images, Sequence | np.ndarray):
             items = [item_of(image, place) for place, image in enumerate(images)]
+            if config.batch_size == "auto":
+                batch = evenly(len(items), batch)
             return list(self._captions(items, config, settled, min(batch, len(items))))
         try:
             source = iter(images)
@@ -194,8 +197,9 @@ class Captioner:
                     pixels = stacked(good, rows)
                     seeds = [image_seed(config.seed, item.sha256) for item in good]
                     seeds += seeds[-1:] * (len(pixels) - len(seeds))
-                    found = self._captioner.generate(pixels, settled.as_dict(), seeds)[: len(good)]
-                    for _, candidates in zip(good, found, strict=True):
+                    with memory_errors(len(pixels), settled.num_beams, "batch_size"):
+                        found = self._captioner.generate(pixels, settled.as_dict(), seeds)
+                    for _, candidates in zip(good, found, strict=False):  # rows beyond are repetitions
                         yield Caption(candidates[0].text, candidates[0].score, tuple(candidates))
                 if len(good) < len(group):
                     raise named(group[len(good)])

@@ -15,13 +15,14 @@ import transformers
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from dbcap.captioning.compiling import compile_encoder, compiler_errors
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
+from dbcap.captioning.failures import compiler_errors
 from dbcap.captioning.loading import (
     Loaded,
     clear_errors,
+    compile_encoder,
     decoding_defaults,
     foreign_settings,
     load_weights,
@@ -32,6 +33,7 @@ from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
+from dbcap.models.layout import choose_in
 from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFactory
 
 if TYPE_CHECKING:
@@ -363,8 +365,13 @@ def count_parameters(folder: Path) -> int:
 
     Raises ModelError for a damaged file.
     """
+    try:
+        choice = choose_in(folder, str(folder))
+        files = [folder / name for name in choice.weights if name != choice.index]
+    except ModelError:  # a plugin's model may look otherwise
+        files = list(folder.glob("*.safetensors"))
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in files:
         try:
             with safe_open(path, "numpy") as file:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

@@ -112,6 +112,11 @@ def _work_off(jobs: SimpleQueue[tuple[Source, Future[Prepared]] | None], work: C
         del job, source, future  # a thread that waits must not hold the pixels of the last image
 
 
+def evenly(count: int, most: int) -> int:
+    """Return the size of batches of at most `most` images that fill up best: of 70 and 64 it is 35."""
+    return -(-count // max(1, -(-count // most)))
+
+
 def groups(items: Iterator[Prepared], size: int) -> Iterator[list[Prepared]]:
     """Cut the stream so that each group holds `size` good inputs, and the bad ones that stand among them."""
     group: list[Prepared] = []

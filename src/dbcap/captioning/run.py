@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbcap.captioning import records, sinks
+from dbcap.captioning.failures import memory_errors
 from dbcap.captioning.journal import Failure
 from dbcap.captioning.plan import Job, make_plan
 from dbcap.captioning.records import LINE_FORMATS
@@ -101,7 +102,7 @@ class _Run:
 
     def _load(self) -> None:
         """Find and load the model, and settle how it runs."""
-        from dbcap.captioning import captioner, decoding
+        from dbcap.captioning import captioner, decoding, reading
         from dbcap.config.paths import cache_dir
         from dbcap.models import device, hub
 
@@ -125,7 +126,9 @@ class _Run:
         )
         captioner.check(self._captioner, self._decoding.as_dict())
         # The shape of a batch is one for the whole run and its resumes: kernels round differently at other shapes.
-        self._batch_size = min(choice.batch_size, len(self._job.found.sources))
+        count = len(self._job.found.sources)
+        size = choice.batch_size if config.batch_size != "auto" else reading.evenly(count, choice.batch_size)
+        self._batch_size = min(size, count)
 
     def _settings(self) -> dict[str, Any]:
         """Return everything that decides the bytes of the output."""
@@ -259,15 +262,8 @@ class _Run:
         missing = self._batch_size - len(good)  # one shape for all batches of a run
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
         seeds += seeds[-1:] * missing
-        try:
+        with memory_errors(len(pixels), self._decoding.num_beams):
             found = self._captioner.generate(pixels, self._decoding.as_dict(), seeds)
-        except (MemoryError, RuntimeError) as error:  # torch's word for it is a RuntimeError on CPU and GPU
-            if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
-                raise
-            what = f"{len(pixels)} images x {self._decoding.num_beams} beams"
-            raise DbcapError(
-                f"there is not enough memory for {what}", "use a smaller --batch-size or fewer beams"
-            ) from error
         if len(found) != len(pixels):
             raise DbcapError(f"{self._config.model} gave {len(found)} captions for a batch of {len(pixels)} images")
         return [self._record(item, candidates) for item, candidates in zip(good, found, strict=False)]

@@ -1,35 +1,22 @@
 """Where a model runs and in which number format: chosen from what the machine is, never from a timing or free memory.
 
-Measured on 2 cores of an AMD EPYC with AVX512-BF16 and no AMX: torch 2.13, transformers' `generate`, ViT + GPT-2,
-greedy, 16 tokens, medians of 3 to 7 interleaved runs on a shared machine (rough), in milliseconds an image,
-float32 / bfloat16, by batch size:
-
-| parameters (image) | 4         | 8         | 16        | 32        | 64        | gain of bfloat16 at 8 |
-|--------------------|-----------|-----------|-----------|-----------|-----------|-----------------------|
-| 2.2 M (64)         | 6.9 / 7.8 | 4.0 / 4.6 |           |           |           | 0.87                  |
-| 4.0 M (64)         | 16 / 16   | 9.0 / 9.0 |           |           |           | 1.00                  |
-| 5.7 M (64)         | 11 / 9.8  | 7.3 / 6.0 |           |           |           | 1.21                  |
-| 8.6 M (64)         | 13 / 9.8  | 9.6 / 6.1 |           | 7.3 / 4.1 |           | 1.57                  |
-| 8.8 M (64)         | 21 / 18   | 14 / 11   |           |           |           | 1.31                  |
-| 8.7 M (224)        |           | 18 / 13   |           |           |           | 1.44                  |
-| 12 M (64)          | 22 / 16   | 14 / 9.2  | 11 / 6.5  | 9.9 / 5.1 | 7.1 / 4.2 | 1.55                  |
-| 17 M (224)         |           | 31 / 18   |           |           |           | 1.69                  |
-| 27 M (224)         | 63 / 37   | 50 / 28   | 42 / 24   | 45 / 23   | 49 / 23   | 1.81                  |
-| 86 M (224)         | 177 / 77  | 130 / 58  | 113 / 49  | 109 / 43  |           | 2.24                  |
-| 239 M (224)        | 450 / 183 | 340 / 140 | 317 / 121 |           |           | 2.43                  |
-
-8.6 M is the starter captioner, which is as accurate in bfloat16 (500 composites: 99.2 % right greedily and 99.2 % with
-4 beams, against 99.2 % and 99.0 %). In float16 that CPU takes 83 ms an image with it, 8 at a time.
-With AMX only the 239 M model has been measured (2384 against 842 ms), on Arm and on GPUs nothing.
+docs/benchmarks.md has what was measured: dbcap's engine by model, batch size and number format, on CPUs with
+AVX512-BF16. There the starter captioner (8.6 M parameters) is as accurate in bfloat16 as in float32 (500 composites:
+99.2 % right greedily and 99.2 % with 4 beams, against 99.2 % and 99.0 %). In float16 that CPU takes 83 ms an image with
+it, 8 at a time. With AMX only one model of 239 M was measured (`generate`: 2384 against 842 ms); on Arm and on GPUs
+nothing.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from dbcap.errors import UsageError, did_you_mean
 from dbcap.models import cpu
@@ -38,17 +25,17 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 # CPU classes whose matrix products are faster in bfloat16 than in float32.
 BFLOAT16_CLASSES = frozenset({"amx", "avx512-bf16", "neon-bf16"})
-# From this many parameters on bfloat16 was at least 1.3 times as fast on a CPU; below, it gained little or lost.
+# From this many parameters on bfloat16 was at least 1.4 times as fast on a CPU; 2 M gained 1.1 in large batches.
 CPU_LOW_PRECISION_FROM = 8_000_000
 # On a GPU small models wait for kernels to start, whatever the format. An estimate: nothing was measured.
 GPU_LOW_PRECISION_FROM = 30_000_000
 BFLOAT16_CAPABILITY = (8, 0)
 FLOAT16_CAPABILITY = (7, 0)
 
-# Kind of device -> (up to how many parameters, batch size), the first line that fits. The CPU's sizes are where the
-# throughput measured above flattens; the others are estimates.
-BATCH_SIZES: dict[str, tuple[tuple[float, int], ...]] = {
-    "cpu": ((20e6, 32), (120e6, 16), (math.inf, 8)),
+BATCH_SIZES = Path(__file__).with_name("batch_sizes.json")
+"""Written by `make bench`: CPU class -> dtype -> pairs of parameters and the batch size that was best for them."""
+# Kind of device -> (up to how many parameters, batch size), the first line that fits. Estimates: nothing was measured.
+GPU_BATCH_SIZES: dict[str, tuple[tuple[float, int], ...]] = {
     "cuda": ((120e6, 64), (math.inf, 32)),
     "mps": ((120e6, 32), (math.inf, 16)),
 }
@@ -146,7 +133,8 @@ def decide(
         number, why_dtype = _cpu_dtype(dtype, parameters, cpu_class, system)
     else:
         number, why_dtype = _gpu_dtype(dtype, parameters, gpu)
-    size, why_size = _batch_size(batch_size, parameters, place.partition(":")[0])
+    kind = place.partition(":")[0]
+    size, why_size = _batch_size(batch_size, parameters, kind, number, cpu_class)
     why = (
         f"device {place}: {why_device}",
         f"dtype {number}: {why_dtype}",
@@ -217,13 +205,25 @@ def _gpu_dtype(asked: str, parameters: int, gpu: Accelerator) -> tuple[Dtype, st
     return "float16", f"the GPU has it, and no bfloat16 ({_capability(gpu)})"
 
 
-def _batch_size(asked: str | int, parameters: int, kind: str) -> tuple[int, str]:
-    if asked == "auto":
-        size = next(size for most, size in BATCH_SIZES[kind] if parameters <= most)
+def _batch_size(asked: str | int, parameters: int, kind: str, dtype: str, cpu_class: str) -> tuple[int, str]:
+    if asked != "auto":
+        if not isinstance(asked, int) or asked < 1:
+            raise UsageError(f"{asked!r} is no batch size", "give auto, or a number from 1")
+        return asked, "asked for"
+    if kind != "cpu":
+        size = next(size for most, size in GPU_BATCH_SIZES[kind] if parameters <= most)
         return size, f"for {_millions(parameters)} parameters on {kind}"
-    if not isinstance(asked, int) or asked < 1:
-        raise UsageError(f"{asked!r} is no batch size", "give auto, or a number from 1")
-    return asked, "asked for"
+    tables = _batch_sizes()
+    measured = cpu_class if cpu_class in tables else next(iter(tables))
+    rows = tables[measured].get(dtype) or tables[measured]["float32"]
+    nearest, size = min(rows, key=lambda row: abs(math.log(row[0] / max(parameters, 1))))
+    return size, f"the best for {_millions(nearest)} parameters in `make bench` (CPU class {measured})"
+
+
+@functools.cache
+def _batch_sizes() -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads(BATCH_SIZES.read_text("utf-8"))
+    return tables
 
 
 def _known(dtype: str) -> Dtype:

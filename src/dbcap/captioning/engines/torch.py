@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from dbcap.captioning.compiling import compile_encoder
 from dbcap.captioning.engines import attention, decoders, packed
 from dbcap.captioning.engines.decoders import Layer
+from dbcap.captioning.loading import compile_encoder
 from dbcap.captioning.rules import Best, Ids
 from dbcap.models.mapped import trim
 
