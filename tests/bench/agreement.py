@@ -11,6 +11,7 @@ whose log-probabilities are moved at random, by the measured deviation, must fin
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -194,7 +195,10 @@ def _compare(work: Work, dtype: str, home: Path) -> Iterator[Result]:
             batch = pixels[start : min(start + work.batch, setting.images)]
             mine += [[one.tokens for one in row] for row in ours.search(batch, decoding, [0] * len(batch))]
             theirs += _generate(plain, batch, decoding, special)
-        yield _result(ours, judge, plain, pixels, setting, mine, theirs)
+        result = _result(ours, judge, plain, pixels, setting, mine, theirs)
+        about = f"{work.name}, {dtype}, {setting.rule}, {decoding.num_beams} beams"
+        print(f"{about}: {result.equal} of {setting.images} equal", file=sys.stderr, flush=True)
+        yield result
 
 
 def _generate(plain: Any, pixels: np.ndarray, decoding: Decoding, special: Any) -> list[list[Tokens]]:
