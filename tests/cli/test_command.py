@@ -28,7 +28,7 @@ class Outcome:
 @pytest.fixture
 def captioned(project, capsys, monkeypatch):
     """Return a function that runs a command of `CaptionConfig`: what it got, the exit code and stderr."""
-    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"):
+    for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "GOMP_SPINCOUNT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -240,3 +240,17 @@ def test_tokenizers_are_kept_from_warning_of_forks(captioned, monkeypatch):
 
 def test_the_module_of_commands_does_not_know_any_command():
     assert "dbcap.captioning" not in inspect.getsource(module)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(captioned, monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that it is as before after the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    captioned("photo.jpg")
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
