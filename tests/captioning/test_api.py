@@ -342,8 +342,20 @@ def test_a_cut_pil_image_is_damaged_input(tiny, samples):
 
 
 def test_what_holds_no_images_is_a_usage_error(tiny):
-    with pytest.raises(UsageError, match="float is no image and holds none; an image is a path"):
-        tiny.caption(3.5)
+    for value in (3.5, io.BytesIO(b"x"), torch.zeros(8, 8, 3, dtype=torch.uint8)):
+        with pytest.raises(UsageError, match=f"{type(value).__name__} is no image and holds none; an image is a path"):
+            tiny.caption(value)
+
+
+def test_captions_before_a_source_that_fails_still_come(tiny, samples):
+    def source():
+        yield from samples[:3]
+        raise OSError("the disk is gone")
+
+    found = tiny.caption(source(), batch_size=2)
+    assert [next(found), next(found), next(found)] == tiny.caption(samples[:3], batch_size=2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(found)
 
 
 # ---- the same input, the same output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 import dbcap_starter
 from dbcap.captioning import captioner
 from dbcap.captioning.captioner import TransformersCaptioner
-from dbcap.captioning.decoding import Decoding
+from dbcap.captioning.decoding import Decoding, settle
+from dbcap.config.models import CaptionConfig
 from dbcap.errors import ModelError, UsageError
 from dbcap.events import Silent
 from dbcap.plugins.api import Capabilities
@@ -368,3 +370,71 @@ def test_an_installed_torchvision_changes_no_pixel(tiny_captioner, load, home, t
     done = subprocess.run([sys.executable, "-c", _TORCHVISION, tiny_captioner, home], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == (f"ViTImageProcessorPil {expected}\n", "")
+
+
+# ---- the model's own settings
+
+
+def with_settings(
+    source: Path, target: Path, settings: dict[str, Any], *, file: str = "generation_config.json"
+) -> Path:
+    """Copy a model and change its settings; in another file than the usual one, that one is removed."""
+    shutil.copytree(source, target)
+    path = target / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    if file != "generation_config.json":
+        (target / "generation_config.json").unlink()
+    return target
+
+
+def test_settings_in_config_json_are_the_models_own(tiny_captioner, load, tmp_path):
+    folder = with_settings(tiny_captioner, tmp_path / "m", {"max_length": 7, "num_beams": 3}, file="config.json")
+    loaded = load(folder)
+    assert (loaded.defaults()["max_length"], loaded.defaults()["num_beams"]) == (7, 3)
+    decoding = settle(CaptionConfig(inputs=()), loaded.defaults(), loaded.capabilities, "it")
+    assert (decoding.max_length, decoding.num_beams) == (7, 3)
+
+
+def test_own_lengths_that_do_not_fit_are_cut(tiny_captioner, load, pictures, tmp_path):
+    positions = load(tiny_captioner).capabilities.max_positions
+    for number, own in enumerate(({"max_length": positions + 9}, {"max_length": 8, "min_length": 20})):
+        loaded = load(with_settings(tiny_captioner, tmp_path / f"{number}", own))
+        decoding = settle(CaptionConfig(inputs=()), loaded.defaults(), loaded.capabilities, "it")
+        assert decoding.max_length == min(own["max_length"], positions)
+        assert (decoding.min_length or 0) <= decoding.max_length
+        pixels = torch.from_numpy(np.stack([loaded.prepare(picture) for picture in pictures]))
+        lengths = {"max_length": decoding.max_length, "min_length": decoding.min_length}
+        theirs = loaded.model.generate(pixels, do_sample=False, **lengths)
+        texts = [[text.strip()] for text in loaded.tokenizer.batch_decode(theirs, skip_special_tokens=True)]
+        assert said(captions(loaded, pictures, decoding)) == texts
+    with pytest.raises(UsageError, match="--max-length 999 is beyond"):
+        settle(CaptionConfig(inputs=(), max_length=999), loaded.defaults(), loaded.capabilities, "it")
+
+
+@pytest.mark.parametrize("settings", [{"max_length": "16"}, {"num_beams": True}, {"top_p": [1]}])
+def test_own_settings_that_are_no_numbers_are_named(tiny_captioner, load, tmp_path, settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ModelError, match=rf"says {name} = {re.escape(repr(value))}, which is no number"):
+        load(with_settings(tiny_captioner, tmp_path / "model", settings))
+
+
+def test_own_settings_that_transformers_refuses_are_one_line(tiny_captioner, load, pictures, tmp_path):
+    folder = with_settings(tiny_captioner, tmp_path / "model", {"num_beam_groups": 2, "diversity_penalty": 1.0})
+    loaded = load(folder)
+    with pytest.raises(
+        ModelError, match=r"^transformers cannot caption with .*generation_config\.json may ask"
+    ) as caught:
+        captions(loaded, pictures, Decoding(num_beams=2, max_length=8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_whose_file_is_written_to_captions_nothing_more(tiny_captioner, load, pictures, tmp_path):
+    shutil.copytree(tiny_captioner, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "decoder.large": torch.zeros(2**20)}, path, {"format": "pt"})  # enough to stay mapped
+    loaded = load(tmp_path / "model")
+    captions(loaded, pictures, GREEDY)
+    path.write_bytes(b"")
+    with pytest.raises(ModelError, match="was changed while it was in use"):
+        captions(loaded, pictures, GREEDY)

@@ -79,10 +79,8 @@ def test_the_users_options_stand_over_the_models(defaults, options, expected):
         ({}, ABLE, {"length_penalty": 1.0}, "--length-penalty needs beams"),
         ({"num_beams": 4}, ABLE, {"length_penalty": 1.0, "num_beams": 1}, "--length-penalty needs beams"),
         ({}, ABLE, {"max_length": 65}, "--max-length 65 is beyond the 64 positions of org/model; use 64 or less"),
-        ({"max_length": 100}, ABLE, {}, "--max-length 100 is beyond the 64 positions"),
         ({}, ABLE, {"max_length": 1}, "--max-length 1 leaves no token"),
         ({}, ABLE, {"min_length": 17}, "--min-length 17 is above --max-length 16"),
-        ({"min_length": 10}, ABLE, {"max_length": 8}, "--min-length 10 is above --max-length 8"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(defaults, can, options, words):
@@ -91,3 +89,17 @@ def test_what_cannot_work_is_refused_by_name(defaults, can, options, words):
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "lengths"),
+    [
+        ({"max_length": 100}, {}, (64, None)),
+        ({"min_length": 10}, {"max_length": 8}, (8, 8)),
+        ({"min_length": 90, "max_length": 80}, {}, (64, 64)),
+        ({"min_length": 5}, {"max_length": 8}, (8, 5)),
+    ],
+)
+def test_the_models_own_lengths_give_way(own, given, lengths):
+    decoding = settle(CaptionConfig(inputs=(), **given), own, ABLE, "org/model")
+    assert (decoding.max_length, decoding.min_length) == lengths

@@ -1,6 +1,7 @@
 """Weights of safetensors files: every type and shape, converted, mapped, and given back without a change."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dbcap.errors import ModelError
 from dbcap.models.mapped import SMALL, MappedWeights, trim
 
 LARGE = SMALL // 4 + 1  # elements of float32
@@ -102,3 +104,37 @@ def test_damaged_files_are_refused(tmp_path, data):
     (tmp_path / "w.safetensors").write_bytes(data)
     with pytest.raises(Exception, match=r"(?i)header|empty|deserializ"):
         MappedWeights([tmp_path / "w.safetensors"])
+
+
+@pytest.mark.parametrize("change", ["overwritten", "cut off", "renamed over", "removed"])
+def test_a_file_that_is_written_to_is_seen_before_it_is_read(tmp_path, change):
+    path, other = tmp_path / "w.safetensors", tmp_path / "other"
+    save_file({"row": torch.ones(LARGE)}, path)
+    save_file({"row": torch.zeros(LARGE)}, other)
+    weights = MappedWeights([path])
+    row = weights.tensors(torch.float32)["row"]
+    weights.check()
+    if change == "overwritten":
+        path.write_bytes(other.read_bytes())
+    elif change == "cut off":
+        os.truncate(path, 0)
+    elif change == "renamed over":
+        other.rename(path)
+    else:
+        path.unlink()
+    if change in ("overwritten", "cut off"):
+        with pytest.raises(ModelError, match="was changed while it was in use; load the model again"):
+            weights.check()
+    else:
+        weights.check()
+        weights.release()
+        assert (row == 1).all()
+
+
+def test_of_a_file_that_was_converted_nothing_is_left_open(tmp_path):
+    save_file({"row": torch.ones(LARGE)}, tmp_path / "w.safetensors")
+    weights = MappedWeights([tmp_path / "w.safetensors"])
+    row = weights.tensors(torch.bfloat16)["row"]
+    os.truncate(tmp_path / "w.safetensors", 0)
+    weights.check()
+    assert (row == 1).all()

@@ -159,6 +159,8 @@ class Captioner:
         config = config_of(options)
         settled = self._settle(config)
         batch = self._choice.batch_size if config.batch_size == "auto" else config.batch_size
+        if hasattr(images, "read") or isinstance(images, torch.Tensor):
+            raise UsageError(f"{type(images).__name__} is no image and holds none", IMAGES)
         if is_image(images):
             return next(self._captions([item_of(images)], config, settled, 1))
         if isinstance(images, Sequence | np.ndarray):

@@ -18,12 +18,11 @@ from safetensors import SafetensorError, safe_open
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
-from dbcap.captioning.failures import compiler_errors
+from dbcap.captioning.failures import compiler_errors, model_errors
 from dbcap.captioning.loading import (
     Loaded,
     clear_errors,
     compile_encoder,
-    decoding_defaults,
     foreign_settings,
     load_weights,
     quiet_libraries,
@@ -34,6 +33,7 @@ from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
 from dbcap.models.layout import choose_in
+from dbcap.models.mapped import MappedWeights
 from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFactory
 
 if TYPE_CHECKING:
@@ -53,7 +53,9 @@ class TransformersCaptioner:
         self.dtype = getattr(torch, dtype)
         self._local = local
         loaded = self._load()
-        self._model, self.unused, self._release = loaded.model, loaded.unused, loaded.release
+        self._model, self.unused = loaded.model, loaded.unused
+        self._weights: MappedWeights | None = loaded.weights
+        self._defaults = loaded.defaults
         self._engine: TorchEngine | None = None
         self.config = self._model.config
         self._generation = self._generation_config_of(self._model)
@@ -63,7 +65,6 @@ class TransformersCaptioner:
                 folder, backend="pil", local_files_only=True
             )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._defaults = decoding_defaults(local.folder)
 
     @classmethod
     def around(cls, model: Any, tokenizer: Any, image_processor: Any, device: str) -> Self:
@@ -71,7 +72,7 @@ class TransformersCaptioner:
         captioner = cls.__new__(cls)
         captioner.name, captioner.config = type(model).__name__, model.config
         captioner.device, captioner.dtype = torch.device(device), model.dtype
-        captioner._model, captioner._engine = model.to(device).eval(), None
+        captioner._model, captioner._engine, captioner._weights = model.to(device).eval(), None, None
         captioner.image_processor, captioner.tokenizer = image_processor, tokenizer
         captioner._generation = captioner._generation_config_of(model)
         captioner._defaults = model.generation_config.to_diff_dict()
@@ -102,7 +103,8 @@ class TransformersCaptioner:
             return f"its decoder is a {decoder}"
         if foreign := foreign_settings(self._generation):
             return f"its generation config has {foreign[0]}"
-        self._engine, self._model = TorchEngine(self._model, self._release), None
+        assert self._weights
+        self._engine, self._model = TorchEngine(self._model, self._weights.release), None
         return ""
 
     def compile(self) -> str:
@@ -152,13 +154,15 @@ class TransformersCaptioner:
     @compiler_errors()
     @torch.inference_mode()
     def search(self, pixels: npt.NDArray[np.float32], decoding: Decoding, seeds: Sequence[int]) -> list[list[Found]]:
-        """Do what `generate` does, and return tokens instead of texts."""
+        """Do what `generate` does, and return tokens instead of texts. Raises ModelError where it cannot."""
+        if self._weights:
+            self._weights.check()
         if self._engine:
             width = decoding.num_captions if decoding.sample else decoding.num_beams
             rows = self._enough_rows(pixels, width)
             more = [*seeds, *[0] * (len(rows) - len(pixels))]
             return run_search(self._engine, rows, decoding, self._special(), more)[: len(pixels)]
-        with quiet_libraries():
+        with quiet_libraries(), model_errors(self.name):
             if not decoding.sample:
                 return self._rows(self._enough_rows(pixels, decoding.num_beams), decoding)[: len(pixels)]
             found = []

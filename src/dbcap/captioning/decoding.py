@@ -53,7 +53,7 @@ class Decoding:
 
 def settle(config: CaptionConfig, defaults: Mapping[str, Any], can: Capabilities, model: str) -> Decoding:
     """Put the user's options over the model's `defaults`. Raises UsageError for what cannot work."""
-    values: dict[str, Any] = {name: defaults.get(name) for name in _OF_MODEL}
+    values = _own(defaults, can)
     if config.sample:
         values |= {"num_beams": 1, **dict.fromkeys(OF_BEAMS)}
     else:
@@ -61,12 +61,22 @@ def settle(config: CaptionConfig, defaults: Mapping[str, Any], can: Capabilities
     values |= {name: getattr(config, name) for name in _OF_MODEL if getattr(config, name) is not None}
     values["num_beams"] = values["num_beams"] or 1
     values["max_length"] = values["max_length"] or MAX_LENGTH
+    if config.min_length is None and values["min_length"]:
+        values["min_length"] = min(values["min_length"], values["max_length"])
     stopping = values["early_stopping"]
     values["early_stopping"] = {"yes": True, "no": False, None: False}.get(stopping, stopping)
     decoding = Decoding(**values, sample=config.sample, num_captions=config.num_captions, prompt=config.prompt)
     _refuse_what_model_cannot(config, decoding, can, model)
     _refuse_combinations(config, decoding, can, model)
     return decoding
+
+
+def _own(defaults: Mapping[str, Any], can: Capabilities) -> dict[str, Any]:
+    """Return the model's own settings, its lengths within what it has room for: as `generate` takes them."""
+    values: dict[str, Any] = {name: defaults.get(name) for name in _OF_MODEL}
+    if values["max_length"] and can.max_positions:
+        values["max_length"] = min(values["max_length"], can.max_positions)
+    return values
 
 
 def _refuse_what_model_cannot(config: CaptionConfig, decoding: Decoding, can: Capabilities, model: str) -> None:
@@ -97,7 +107,7 @@ def _refuse_combinations(config: CaptionConfig, decoding: Decoding, can: Capabil
         )
     if decoding.max_length < 2:
         raise UsageError("--max-length 1 leaves no token beside the start token", "use 2 or more")
-    if (decoding.min_length or 0) > decoding.max_length:
+    if config.min_length is not None and config.min_length > decoding.max_length:
         raise UsageError(
             f"--min-length {decoding.min_length} is above --max-length {decoding.max_length}", "change one of them"
         )

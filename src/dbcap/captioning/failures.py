@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from dbcap.errors import DbcapError
+from dbcap.errors import DbcapError, ModelError
 
 
 @contextlib.contextmanager
@@ -20,6 +20,18 @@ def memory_errors(images: int, beams: int, option: str = "--batch-size") -> Iter
         raise DbcapError(
             f"there is not enough memory for {images} images x {beams} beams",
             f"use a smaller {option} or fewer beams",
+        ) from error
+
+
+@contextlib.contextmanager
+def model_errors(model: str) -> Iterator[None]:
+    """Turn what `generate` refuses of a model's own settings, which dbcap does not know, into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"transformers cannot caption with {model}: {first}", "its generation_config.json may ask for it"
         ) from error
 
 

@@ -63,11 +63,28 @@ def batches(
         parts: Iterator[Sequence[Item]] = iter([items])
         ahead = workers + 2 * size
     else:
-        parts, ahead = iter(lambda: list(islice(items, size)), []), size
+        parts, ahead = _parts(items, size), size
     for part in parts:
         with closing(reading.in_order(part, work, min(workers, len(part)), ahead)) as prepared:
             while group := list(islice(prepared, size)):
                 yield group
+
+
+def _parts(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """Cut a stream. Where it fails, what came before goes out first."""
+    part: list[Item] = []
+    try:
+        for item in items:
+            part.append(item)
+            if len(part) == size:
+                yield part
+                part = []
+    except Exception:
+        if part:
+            yield part
+        raise
+    if part:
+        yield part
 
 
 def prepare(source: Source, read: Callable[[Any], Picture], to_pixels: ToPixels) -> Prepared:

@@ -70,9 +70,9 @@ class _Settings:
             )
         for name, least in (("batch_size", 1), ("num_workers", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
                 raise UsageError(f"{name}={value!r} is not allowed", f"it is a whole number from {least}")
-        if self.timeout is not None and not self.timeout > 0:
+        if self.timeout is not None and not (isinstance(self.timeout, int | float) and self.timeout > 0):
             raise UsageError(f"timeout={self.timeout!r} is not allowed", "it is in seconds, above 0")
         if self.on_error not in ON_ERROR:
             raise UsageError(f"on_error={self.on_error!r} is not known", f"use {', '.join(ON_ERROR)}")
@@ -336,6 +336,9 @@ def _numbered(source: Iterator[Any]) -> Iterator[Item]:
 
 def _update(config: GenerationConfig, values: Mapping[str, Any]) -> dict[str, Any]:
     """Put settings into a config; returns those that are none. A length that is given outdoes the default one."""
+    for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences"):
+        if not hasattr(values.get(name, 0) or 0, "__index__"):
+            raise UsageError(f"{name}={values[name]!r} is not allowed", "it is a whole number")
     for length, made in _LENGTHS:
         if values.get(length) is not None and made not in values:
             setattr(config, made, None)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +33,10 @@ class Loaded:
     """In evaluation mode."""
     unused: list[str]
     """The weights of the file that it has no place for."""
-    release: Callable[[], None]
-    """Gives back the memory of what was read of the file so far; the model reads again what it still needs."""
+    weights: MappedWeights
+    """The file, of which float32 models keep parts mapped."""
+    defaults: dict[str, Any]
+    """The model's own decoding settings, by dbcap's names."""
 
 
 def load_weights(auto_class: Any, folder: Path, model: str, dtype: torch.dtype) -> Loaded:
@@ -58,7 +60,8 @@ def load_weights(auto_class: Any, folder: Path, model: str, dtype: torch.dtype) 
         raise ModelError(
             f"{model} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
         )
-    return Loaded(module.eval(), sorted(info["unexpected_keys"]), weights.release)
+    defaults = decoding_defaults(folder, model) if there else own_lengths(module.generation_config.to_diff_dict())
+    return Loaded(module.eval(), sorted(info["unexpected_keys"]), weights, defaults)
 
 
 def compile_encoder(module: torch.nn.Module) -> None:
@@ -68,6 +71,10 @@ def compile_encoder(module: torch.nn.Module) -> None:
     module.compile(options={"freezing": on_cpu})
 
 
+_NUMBERS = (
+    *("num_beams", "max_length", "min_length", "max_new_tokens", "min_new_tokens", "length_penalty"),
+    *("no_repeat_ngram_size", "repetition_penalty", "top_p", "top_k", "temperature"),
+)
 _OWN_SETTINGS = {
     *(field.name for field in dataclasses.fields(Decoding)),
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "num_return_sequences"),
@@ -88,13 +95,24 @@ def foreign_settings(config: GenerationConfig) -> list[str]:
     ]
 
 
-def decoding_defaults(folder: Path) -> dict[str, Any]:
-    """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's."""
-    path = folder / "generation_config.json"
-    values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+def decoding_defaults(folder: Path, model: str) -> dict[str, Any]:
+    """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's.
+
+    Raises ModelError for a setting that is no number where one is needed.
+    """
+    values: dict[str, Any] = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    for name in _NUMBERS:
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ModelError(f"the generation_config.json of {model} says {name} = {value!r}, which is no number")
+    return own_lengths(values)
+
+
+def own_lengths(values: dict[str, Any]) -> dict[str, Any]:
+    """Say lengths as dbcap does: with the start token. As in transformers, new tokens outdo a whole length."""
     for length, made in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if values.get(made):
-            values[length] = values[made] + 1  # and the start token; as in transformers it outdoes the other
+            values[length] = values[made] + 1
     return values
 
 

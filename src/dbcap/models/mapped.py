@@ -11,12 +11,16 @@ import functools
 import json
 import math
 import mmap
+import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+
+from dbcap.errors import ModelError
 
 WINDOW = 64 * 2**20
 """Bytes that are read before their pages are given back."""
@@ -47,11 +51,23 @@ class MappedWeights:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._maps: list[mmap.mmap] = []
+        self._stamps: dict[int, tuple[Path, tuple[int, ...]]] = {}
         for file in files:
             with safe_open(file, "pt"):  # it checks the header, and that the file is as long as that says
                 pass
-            with file.open("rb") as opened:
-                self._maps.append(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
+            descriptor = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
+            self._maps.append(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
+            self._stamps[descriptor] = file, _stamp(descriptor)
+
+    def check(self) -> None:
+        """Raise ModelError where a file was written to since it was opened, as `cp` does, but not renaming over it.
+
+        What is still mapped of it would be other weights, or lie behind its end, which kills the process.
+        """
+        for descriptor, (file, stamp) in self._stamps.items():
+            if _stamp(descriptor) != stamp:
+                raise ModelError(f"{file} was changed while it was in use", "load the model again")
 
     def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Return all tensors by name; those of floating-point numbers as `dtype`.
@@ -59,17 +75,20 @@ class MappedWeights:
         Large ones are views of the file where it has them so, and not to be written to; others are copies.
         """
         found = {}
-        read = 0
+        read = views = 0
         for mapped in self._maps:
             for name, view in _views(mapped):
                 wanted = dtype if view.is_floating_point() else view.dtype
                 copy = wanted != view.dtype or view.nbytes <= SMALL
                 found[name] = view.to(wanted, copy=True) if copy else view
+                views += not copy
                 read += copy * view.nbytes
                 if read >= WINDOW:
                     self.release()
                     read = 0
         self.release()
+        if not views:  # whatever becomes of the files is nobody's business any more
+            self._maps, self._stamps = [], {}
         return found
 
     def release(self) -> None:
@@ -78,6 +97,11 @@ class MappedWeights:
             if hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
         trim()
+
+
+def _stamp(descriptor: int) -> tuple[int, ...]:
+    state = os.fstat(descriptor)
+    return state.st_size, state.st_mtime_ns
 
 
 def trim() -> None:
