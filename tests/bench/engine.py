@@ -92,7 +92,7 @@ def load(folder: Path, dtype: str) -> Any:
 def own_engine(folder: Path, dtype: str) -> TorchEngine:
     """Load dbcap's engine as `dbcap caption` does."""
     loaded = load_weights(VisionEncoderDecoderModel, folder, folder.name, getattr(torch, dtype))
-    return TorchEngine(loaded.model, loaded.release)
+    return TorchEngine(loaded.model, loaded.weights.release)
 
 
 def once(folder: str, name: str, dtype: str, images: int, beams: int) -> None:
