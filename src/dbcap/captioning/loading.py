@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -20,9 +20,6 @@ from dbcap.captioning.decoding import Decoding
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, choose_in
 from dbcap.models.mapped import MappedWeights
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
