@@ -19,20 +19,14 @@ from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
 from dbcap.captioning.failures import compiler_errors, model_errors
-from dbcap.captioning.loading import (
-    Loaded,
-    clear_errors,
-    compile_encoder,
-    foreign_settings,
-    load_weights,
-    quiet_libraries,
-)
+from dbcap.captioning.loading import Loaded, compile_encoder, foreign_settings, load_weights
 from dbcap.captioning.search import MIN_ROWS, Found, Special
 from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
 from dbcap.models.layout import choose_in
+from dbcap.models.libraries import clear_errors, quiet_libraries
 from dbcap.models.mapped import MappedWeights
 from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFactory
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import GenerationConfig
 
 from dbcap.captioning.decoding import Decoding
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, choose_in
+from dbcap.models.libraries import clear_errors
 from dbcap.models.mapped import MappedWeights
 
 
@@ -111,31 +107,3 @@ def own_lengths(values: dict[str, Any]) -> dict[str, Any]:
         if values.get(made):
             values[length] = values[made] + 1
     return values
-
-
-@contextlib.contextmanager
-def clear_errors(name: str) -> Iterator[None]:
-    """Turn what loading raises into one line about the model."""
-    with quiet_libraries():
-        try:
-            yield
-        except Exception as error:  # tokenizers raises that very class
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{name} cannot be loaded: {first}") from error
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep transformers' load reports, bars and advice from the user's terminal, and restore its settings after."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(logging.CRITICAL)
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()

@@ -25,6 +25,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "caption": Command("dbcap.cli.caption", "Caption images."),
+    "generate": Command("dbcap.cli.generate", "Make images from prompts."),
     "models": Command("dbcap.cli.models", "List, fetch and look into models."),
     "config": Command("dbcap.cli.config", "Show and change settings, and say where each comes from."),
     "profile": Command("dbcap.cli.profile", "Keep named sets of settings."),

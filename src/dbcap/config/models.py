@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Le, MinLen
 from pydantic import model_validator
 
 from dbcap.config.fields import Section, argument, flag_of, option
@@ -13,6 +13,8 @@ COMMON = "Common options"
 DECODING = "Decoding"
 OUTPUT = "Output"
 READING = "Reading"
+PROMPTS = "Prompts"
+SAMPLING = "Sampling"
 COMPUTE = "Model and device"
 OF_MODEL = "the model's own"
 OF_BEAMS = ("length_penalty", "early_stopping")
@@ -20,6 +22,9 @@ OF_BEAMS = ("length_penalty", "early_stopping")
 Count = Annotated[int, Ge(1)]
 MOST = 256  # beams, candidates, threads: more is a slip of the finger, and takes all memory
 Text = Annotated[str, MinLen(1)]
+Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
+DURATION = r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s?)$"
+SCHEDULERS = ("ddim", "pndm", "euler", "euler-a", "dpm++", "dpm++-karras", "unipc", "lms", "heun")
 
 
 class CommonConfig(Section):
@@ -196,5 +201,85 @@ class CaptionConfig(ComputeConfig):
         return self
 
 
-SECTIONS: dict[str, type[Section]] = {"caption": CaptionConfig}
+class GenerateConfig(ComputeConfig):
+    """`dbcap generate`."""
+
+    prompts: tuple[str, ...] = argument(
+        "PROMPT", "Prompts, @FILE for a list of them (lines, .jsonl or .csv), - for a list on stdin."
+    )
+    expand: bool = option(False, "Make every combination of {alternatives|like|these}.", group=PROMPTS)
+    negative: str = option("", "What the image shall not show.", group=PROMPTS)
+    long_prompt: Literal["truncate", "chunk", "error"] = option(
+        "truncate", "What to do with a prompt of more tokens than the model reads.", group=PROMPTS
+    )
+
+    model: Text = option(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Diffusion model: starter, org/name[@revision] on the hub, or a folder.",
+        "-m",
+        group=COMPUTE,
+        metavar="MODEL",
+    )
+    low_memory: bool = option(False, "Attend in slices and decode in tiles: slower, in less memory.", group=COMPUTE)
+
+    num_images: Count = option(1, "Images for each prompt.", "-n", group=SAMPLING)
+    seed: Literal["random"] | Seed = option(
+        0, "Seed of the first image of each prompt, the next ones counting up, or random.", group=SAMPLING
+    )
+    scheduler: str | None = option(
+        None, f"Sampler: {', '.join(SCHEDULERS)}.", group=SAMPLING, metavar="NAME", unset=OF_MODEL
+    )
+    steps: Annotated[int, Ge(1), Le(1000)] = option(30, "Steps of the sampler.", group=SAMPLING)
+    guidance: float = option(
+        7.5, "How closely to follow the prompt; 1 or less is without guidance, twice as fast.", group=SAMPLING, ge=0
+    )
+    guidance_rescale: float = option(
+        0.0, "Against pale or burnt images at high guidance (0.7 is usual).", group=SAMPLING, ge=0, le=1
+    )
+    eta: float = option(0.0, "DDIM: noise in each step, from 0 (none) to 1.", group=SAMPLING, ge=0, le=1)
+    width: Count | None = option(None, "Width in pixels.", group=SAMPLING, unset=OF_MODEL)
+    height: Count | None = option(None, "Height in pixels.", group=SAMPLING, unset=OF_MODEL)
+    init: str | None = option(None, "Begin with this image instead of noise.", group=SAMPLING, metavar="IMAGE")
+    strength: float = option(
+        0.8, "With --init: how much of it is painted over, from 0 to 1.", group=SAMPLING, ge=0, le=1
+    )
+    mask: str | None = option(
+        None, "With --init: paint only where this image is white.", group=SAMPLING, metavar="IMAGE"
+    )
+
+    out: Text = option("outputs", "Folder to write into.", "-o", group=OUTPUT, metavar="DIR")
+    name: Text = option(
+        "{index:05d}-{seed}",
+        "File name without its ending; fields: index, seed, prompt, date.",
+        group=OUTPUT,
+        metavar="TEMPLATE",
+    )
+    image_format: Literal["png", "webp", "jpeg"] = option("png", "File format of the images.", group=OUTPUT)
+    format: Literal["paths", "jsonl"] = option(
+        "paths", "What to print for each image: its path, or all about it.", "-f", group=OUTPUT
+    )
+    grid: str | None = option(None, "Write all images of this run side by side.", group=OUTPUT, metavar="FILE")
+    existing: Literal["skip", "overwrite", "error"] = option(
+        "skip", "What to do with images that are there already.", group=OUTPUT
+    )
+    lock: str | None = option(None, "Lock this file instead of one in the folder.", group=OUTPUT, metavar="FILE")
+    dry_run: bool = option(False, "Say what would be made, and make nothing.", group=OUTPUT)
+    max_time: str | None = option(
+        None,
+        "Stop between images after this time, as in 45s, 30m or 1h30m.",
+        group=OUTPUT,
+        metavar="TIME",
+        pattern=DURATION,
+        takes="a time such as 45s, 30m or 1h30m",
+    )
+    on_error: Literal["skip", "stop"] = option("skip", "Go on after an image that failed, or stop.", group=OUTPUT)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> GenerateConfig:
+        if self.mask and not self.init:
+            raise ValueError("--mask needs --init")
+        return self
+
+
+SECTIONS: dict[str, type[Section]] = {"caption": CaptionConfig, "generate": GenerateConfig}
 """Table of a file -> its model. A command that is added adds its line here."""

@@ -12,7 +12,13 @@ from dbcap.config.paths import config_file, profiles_dir
 from dbcap.errors import ConfigError, UsageError, did_you_mean
 
 BUILTIN: Mapping[str, Mapping[str, Any]] = {
-    "starter": {"caption.model": "starter"},  # the models of the package dbcap-starter: everything works offline
+    # The models of the package dbcap-starter: everything works offline.
+    "starter": {
+        "caption.model": "starter",
+        "generate.model": "starter",
+        "generate.steps": 20,
+        "generate.guidance": 3.0,
+    },
 }
 
 

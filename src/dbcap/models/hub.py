@@ -13,9 +13,10 @@ from huggingface_hub.errors import CacheNotFound
 
 from dbcap.errors import ModelError, did_you_mean
 from dbcap.events import Events
-from dbcap.models import remote
+from dbcap.models import pipelines, remote
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import CONFIG, Choice, Kind, choose, choose_in, file_names, kind_of, read_config, refuse_pickle
+from dbcap.models.pipelines import PipelineFiles
 from dbcap.models.remote import HubOutOfReachError, ModelFile, RemoteModel
 from dbcap.models.specs import ModelSpec, named_or_folder, parse
 from dbcap.plugins import loader
@@ -27,7 +28,15 @@ _CHECK_SECONDS = 5.0
 """How long the hub may take to say whether a cached model has changed."""
 _ASK_SECONDS = 15.0
 
-_LAYOUTS: dict[str, Callable[[Path, str], Choice]] = {"captioner": choose_in}
+_CHOOSERS: dict[str, Callable[[Collection[str], str], Choice | PipelineFiles]] = {
+    "captioner": choose,
+    "diffusion": pipelines.choose,
+}
+_LAYOUTS: dict[str, Callable[[Path, str], Choice | PipelineFiles]] = {
+    "captioner": choose_in,
+    "diffusion": pipelines.choose_in,
+}
+"""Kind of model -> what says which of its files are read: by their names, and in a folder."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +103,17 @@ def locate(
     """
     spec = _parse(text)
     if spec.kind == "hub":
-        folder, commit = _from_hub(spec, offline or remote.forbidden(), allow_pickle, events)
+        folder, commit = _from_hub(spec, kind, offline or remote.forbidden(), allow_pickle, events)
         choice = _LAYOUTS[kind](folder, spec.text)
         revision, files = commit, tuple(remote.cached_file(folder / name) for name in choice.names)
     else:
         folder = _own_folder(spec, kind)
         choice = _LAYOUTS[kind](folder, spec.text)
-        refuse_pickle(choice, spec.text, allow_pickle)
+        _refuse_pickle(choice, spec.text, allow_pickle)
         memory = home / "hashes.json"
         revision, files = fingerprint(folder, choice.names, memory), _hashed(folder, choice.names, memory)
+    if isinstance(choice, PipelineFiles) and choice.pickled:
+        raise ModelError(f"{spec.text} has its weights in pickled files only", "choose a model with safetensors")
     if choice.pickled:
         from dbcap.models import weights  # it imports torch, which no other way through this file needs
 
@@ -149,9 +160,9 @@ def _hashed(folder: Path, names: Collection[str], memory: Path) -> tuple[ModelFi
 # ---- the hub
 
 
-def _from_hub(spec: ModelSpec, offline: bool, allow_pickle: bool, events: Events) -> tuple[Path, str]:
+def _from_hub(spec: ModelSpec, kind: str, offline: bool, allow_pickle: bool, events: Events) -> tuple[Path, str]:
     """Return the folder of the snapshot and its commit."""
-    cached = _cached(spec)
+    cached = _cached(spec, kind)
     if cached and (offline or remote.COMMIT.fullmatch(spec.revision)):
         return cached
     if offline:
@@ -168,24 +179,29 @@ def _from_hub(spec: ModelSpec, offline: bool, allow_pickle: bool, events: Events
             events.warn(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
             return cached
         raise
-    choice = choose(found.files, spec.text)
-    refuse_pickle(choice, spec.text, allow_pickle)
+    choice = _CHOOSERS[kind](found.files, spec.text)
+    _refuse_pickle(choice, spec.text, allow_pickle)
     return remote.fetch(spec.repo, spec.revision, found, choice.names, events, spec.text), found.commit
 
 
-def _cached(spec: ModelSpec) -> tuple[Path, str] | None:
+def _refuse_pickle(choice: Choice | PipelineFiles, where: str, allow_pickle: bool) -> None:
+    if isinstance(choice, Choice):
+        refuse_pickle(choice, where, allow_pickle)
+
+
+def _cached(spec: ModelSpec, kind: str = "captioner") -> tuple[Path, str] | None:
     """Return the cached snapshot of a hub model and its commit, or None if it is not there or not whole."""
     commit = remote.cached_commit(spec.repo, spec.revision)
     folder = remote.snapshot_folder(spec.repo, commit) if commit else None
-    if commit is None or folder is None or not folder.is_dir() or not _whole(folder):
+    if commit is None or folder is None or not folder.is_dir() or not _whole(folder, kind):
         return None
     return folder, commit
 
 
-def _whole(folder: Path) -> bool:
-    """Return whether a snapshot has all that a captioner needs; other programs may have fetched a part only."""
+def _whole(folder: Path, kind: str = "captioner") -> bool:
+    """Return whether a snapshot has all that a model needs; other programs may have fetched a part only."""
     try:
-        return choose_in(folder, str(folder)).complete
+        return _LAYOUTS[kind](folder, str(folder)).complete
     except ModelError:
         return False
 

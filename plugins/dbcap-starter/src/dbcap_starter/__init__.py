@@ -1,4 +1,4 @@
-"""The starter model of dbcap, and pictures for it."""
+"""The starter models of dbcap, and pictures for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Starter(Plugin):
     api_version = 1
 
     def models(self) -> list[Model]:
-        """Return the captioner."""
+        """Return the captioner and the diffusion model."""
         return [
             Model(
                 "starter",
@@ -23,7 +23,14 @@ class Starter(Plugin):
                 folder=_HERE / "captioner",
                 description="Captions 64x64 pictures of one thing on a plain colour; for trying things out",
                 licence="MIT AND Apache-2.0",
-            )
+            ),
+            Model(
+                "starter",
+                kind="diffusion",
+                folder=_HERE / "diffusion",
+                description="Makes 64x64 pictures of one of 120 things on a plain colour; for trying things out",
+                licence="MIT AND Apache-2.0",
+            ),
         ]
 
 

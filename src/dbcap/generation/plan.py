@@ -1,0 +1,183 @@
+"""What a run of `dbcap generate` makes: requests, settings and the model put together into jobs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from dbcap.config.models import GenerateConfig
+from dbcap.errors import DbcapError, UsageError
+from dbcap.events import Events
+from dbcap.generation import prompts, sampling, schedulers
+from dbcap.generation.jobs import MOST_SEED, Job
+from dbcap.generation.prompts import Request
+from dbcap.images import read
+
+if TYPE_CHECKING:
+    from dbcap.models.families.sd import StableDiffusion
+
+MOST_JOBS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job, its place in the plan and how many pieces its prompts take."""
+
+    index: int
+    job: Job
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures that image to image begins with."""
+
+    init: Image.Image | None = None
+    init_hash: str = ""
+    mask: Image.Image | None = None
+    mask_hash: str = ""
+
+
+def read_pictures(config: GenerateConfig) -> Pictures:
+    """Read --init and --mask. Raises InputError, with its name, for what is no picture."""
+    if not config.init:
+        return Pictures()
+    init = _read(config.init)
+    if not config.mask:
+        return Pictures(init.image, init.sha256)
+    mask = _read(config.mask)
+    if mask.image.size != init.image.size:
+        sizes = (f"{one.image.width}x{one.image.height}" for one in (mask, init))
+        raise UsageError("--mask is {}, and --init {}".format(*sizes), "make them of one size")
+    return Pictures(init.image, init.sha256, mask.image, mask.sha256)
+
+
+def _read(name: str) -> Any:
+    try:
+        return read(name)
+    except DbcapError as error:
+        raise DbcapError(error.message if name in error.message else f"{name}: {error.message}", error.hint) from error
+
+
+def first_seed(config: GenerateConfig) -> int:
+    """Return the seed of the first image; a random one is drawn here, once a run."""
+    if config.seed == "random":
+        return int.from_bytes(os.urandom(8), "big") >> 16  # short enough to be typed again
+    return config.seed
+
+
+def make(
+    config: GenerateConfig,
+    requests: Sequence[Request],
+    family: StableDiffusion,
+    revision: str,
+    pictures: Pictures,
+    events: Events,
+) -> list[Planned]:
+    """Return all jobs, in order: for each prompt `num_images` seeds, counting up.
+
+    Raises UsageError, naming the prompt, for what the model cannot do.
+    """
+    requests = _expanded(config, requests)
+    if len(requests) * config.num_images > MOST_JOBS:
+        raise UsageError(f"that makes {len(requests) * config.num_images:,} images", f"the most is {MOST_JOBS:,}")
+    seed = first_seed(config)
+    planned: list[Planned] = []
+    said: set[str] = set()
+    for request in requests:
+        values = _values(config, request, family, pictures)
+        if "seed" not in request.overrides:
+            values["seed"] = seed
+        last = values["seed"] + config.num_images - 1
+        if last > MOST_SEED:
+            raise UsageError(f"{request.where}: the last seed would be {last}", f"the largest is {MOST_SEED}")
+        job = Job(model=revision, init=pictures.init_hash, mask=pictures.mask_hash, **values)
+        chunks = _chunks(job, request, family, config.long_prompt, events, said)
+        for number in range(config.num_images):
+            one = job if not number else Job(**{**vars(job), "seed": job.seed + number})
+            planned.append(Planned(len(planned), one, chunks))
+    return planned
+
+
+def _expanded(config: GenerateConfig, requests: Sequence[Request]) -> list[Request]:
+    if not config.expand:
+        return list(requests)
+    count = sum(prompts.count_expanded(one.prompt) for one in requests)
+    if count * config.num_images > MOST_JOBS:
+        raise UsageError(f"--expand makes {count:,} prompts", f"the most images are {MOST_JOBS:,}")
+    return [Request(text, one.where, one.overrides) for one in requests for text in prompts.expanded(one.prompt)]
+
+
+def _values(config: GenerateConfig, request: Request, family: StableDiffusion, pictures: Pictures) -> dict[str, Any]:
+    """Return what a request's jobs have in common, checked against the model."""
+    over = request.overrides
+    own = pictures.init.size if pictures.init else (family.size, family.size)
+    width = over.get("width") or config.width or _cut(own[0], family.factor)
+    height = over.get("height") or config.height or _cut(own[1], family.factor)
+    for name, size in (("width", width), ("height", height)):
+        if size % family.factor:
+            below = max(_cut(size, family.factor), family.factor)
+            raise UsageError(
+                f"{request.where}: a {name} of {size} is no multiple of {family.factor}",
+                f"use {below} or {below + family.factor}" if below < size else f"use {below}",
+            )
+    steps = over.get("steps", config.steps)
+    if pictures.init and not sampling.kept_steps(steps, config.strength):
+        raise UsageError(
+            f"{request.where}: a strength of {config.strength:g} leaves none of {steps} steps",
+            f"the smallest that leaves one is {-(-10000 // steps) / 10000:g}",
+        )
+    identifier, class_word = family.identity
+    filled = [
+        prompts.filled(text, identifier, class_word, request.where, family.name)
+        for text in (request.prompt, over.get("negative", config.negative))
+    ]
+    return {
+        "prompt": filled[0],
+        "negative": filled[1],
+        "width": width,
+        "height": height,
+        "scheduler": schedulers.known(config.scheduler),
+        "steps": steps,
+        "guidance": over.get("guidance", config.guidance),
+        "guidance_rescale": config.guidance_rescale,
+        "eta": config.eta,
+        "long_prompt": config.long_prompt,
+        "strength": config.strength if pictures.init else 1.0,
+        **({"seed": over["seed"]} if "seed" in over else {}),
+    }
+
+
+def _cut(size: int, factor: int) -> int:
+    return size // factor * factor
+
+
+def _chunks(
+    job: Job, request: Request, family: StableDiffusion, long_prompt: str, events: Events, said: set[str]
+) -> int:
+    """Return how many pieces the longer of both prompts takes, and say what is cut off."""
+    most = 1
+    for what, text in (("prompt", job.prompt), ("negative prompt", job.negative)):
+        tokens = family.tokens(text)
+        if len(tokens) <= family.room:
+            continue
+        where = f"{request.where}: the {what} has {len(tokens)} tokens, and the model reads {family.room}"
+        if long_prompt == "error":
+            raise UsageError(where, "shorten it, or use --long-prompt chunk or truncate")
+        if long_prompt == "chunk":
+            most = max(most, -(-len(tokens) // family.room))
+        elif text not in said:
+            said.add(text)
+            events.warn(f"{where}: left out {family.text_of(tokens[family.room :])!r}")
+    return most
+
+
+def seconds_of(duration: str) -> int:
+    """Return the seconds of a time such as 1h30m, 45s or 45."""
+    hours, minutes, seconds = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", duration).groups(default="0")  # type: ignore[union-attr]
+    return int(hours) * 3600 + int(minutes) * 60 + int(seconds)

@@ -1,0 +1,341 @@
+"""The whole way of `dbcap generate`: plan > what is missing > encode prompts > denoise > decode > write > report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dbcap import __version__
+from dbcap.config.models import CommonConfig, GenerateConfig
+from dbcap.config.paths import cache_dir
+from dbcap.errors import OK, OUT_OF_TIME, PARTIAL, SIGINT, DbcapError, Interrupted, UsageError
+from dbcap.events import Events, Tracker
+from dbcap.files import Lock, open_atomic
+from dbcap.generation import jobs, pictures, plan, prompts, sampling, schedulers
+from dbcap.generation.manifest import Manifest
+from dbcap.generation.output import Printer
+from dbcap.generation.plan import Pictures, Planned
+from dbcap.inputs import shown
+from dbcap.models import device, families, hub
+from dbcap.models.pipelines import count_parameters
+
+if TYPE_CHECKING:
+    from dbcap.models.families.sd import Condition, StableDiffusion
+
+MOST_BATCH = 16
+LARGE = 100_000_000
+"""Parameters from which one image at a time keeps a CPU busy."""
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """What came of a run."""
+
+    made: int = 0
+    failed: int = 0
+    skipped: int = 0
+    left: int = 0
+    """Not made, since the time was over."""
+    note: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0; 3 when images failed, 5 when time ran out."""
+        return OUT_OF_TIME if self.left else PARTIAL if self.failed else OK
+
+    @property
+    def summary(self) -> str:
+        """One line for stderr."""
+        if self.note:
+            return self.note
+        parts = [f"{self.made} made"]
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        if self.skipped:
+            parts.append(f"{self.skipped} there already")
+        if self.left:
+            parts.append(f"{self.left} left as --max-time is over; the same command goes on")
+        elif self.skipped and not self.made:
+            parts.append("--seed random makes others")
+        return ", ".join(parts)
+
+
+def run(config: GenerateConfig, common: CommonConfig, events: Events) -> GenerateReport:
+    """Make images as `dbcap generate` does. Raises DbcapError; images that failed are counted in the report."""
+    started = time.monotonic()
+    requests = prompts.read(config.prompts, getattr(sys.stdin, "buffer", None))
+    if not requests:
+        raise UsageError("there is no prompt", 'write one: dbcap generate "a photo of a cat"')
+    jobs.check_template(config.name)
+    given = plan.read_pictures(config)
+    local = hub.locate(
+        config.model,
+        kind="diffusion",
+        offline=common.offline,
+        allow_pickle=common.allow_pickle,
+        events=events,
+        home=cache_dir(),
+    )
+    choice = device.choose(
+        device=config.device, dtype=config.dtype, batch_size=1, parameters=count_parameters(local.folder)
+    )
+    for reason in (*choice.why[:2], choice.why[3]):
+        events.detail(reason)
+    torch.set_num_threads(choice.threads)
+    family = families.load(local, choice.device, choice.dtype)
+    planned = plan.make(config, requests, family, local.revision, given, events)
+    with ExitStack() as stack:
+        out = Path(config.out)
+        if config.dry_run:
+            return _told(config, planned, Manifest(out))
+        lock = Path(config.lock) if config.lock else out / ".dbcap.lock"
+        stack.enter_context(Lock(lock, remove=not config.lock))
+        work = _Run(config, events, family, choice, planned, given, started)
+        return work.run()
+
+
+def _told(config: GenerateConfig, planned: Sequence[Planned], manifest: Manifest) -> GenerateReport:
+    """Print what would be made."""
+    printer = Printer(config.format)
+    missing = 0
+    for one in planned:
+        there = config.existing != "overwrite" and manifest.find(one.job.key)
+        missing += not there
+        printer.plan(one, str(there) if there else "")
+    return GenerateReport(note=f"{missing} of {len(planned)} images would be made")
+
+
+class _Run:
+    """One run, from the plan to the report."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        events: Events,
+        family: StableDiffusion,
+        choice: device.Choice,
+        planned: Sequence[Planned],
+        given: Pictures,
+        started: float,
+    ) -> None:
+        self._config, self._events, self._family, self._choice = config, events, family, choice
+        self._planned, self._given = planned, given
+        self._out = Path(config.out)
+        self._manifest = Manifest(self._out)
+        self._printer = Printer(config.format)
+        self._deadline = started + plan.seconds_of(config.max_time) if config.max_time else None
+        self._batch_size = self._size_of_batches()
+        self._made = self._failed = 0
+        self._conditions: dict[tuple[str, int, tuple[int, int]], Condition] = {}
+
+    def run(self) -> GenerateReport:
+        """Make everything that is missing."""
+        missing = self._missing()
+        self._printer.expect([one.index for one in self._planned])
+        left = 0
+        try:
+            if missing:
+                left = self._make(missing)
+        except (KeyboardInterrupt, Interrupted) as error:
+            code = error.exit_code if isinstance(error, Interrupted) else SIGINT
+            done = f"{self._made} of {len(missing)} are made; the same command goes on"
+            raise Interrupted(code, done) from None
+        if self._config.grid and not left:
+            self._grid()
+        return GenerateReport(self._made, self._failed, len(self._planned) - len(missing), left)
+
+    # ---- what there is to do
+
+    def _missing(self) -> list[Planned]:
+        """Return what is to be made; of equal jobs in a plan the first."""
+        missing: list[Planned] = []
+        seen: dict[str, int] = {}
+        for one in self._planned:
+            key = one.job.key
+            path = self._manifest.find(key)
+            if path and self._config.existing == "error":
+                raise UsageError(f"{shown(str(path))} is there already", "--existing skip or overwrite go on")
+            if path and self._config.existing == "skip":
+                self._printer.skipped(one, path)
+            elif key in seen:
+                self._printer.same(one, seen[key])
+            else:
+                seen[key] = one.index
+                missing.append(one)
+        return missing
+
+    def _size_of_batches(self) -> int:
+        """Return one batch shape for the whole plan, so that a run that goes on makes equal images."""
+        if self._config.batch_size != "auto":
+            most = self._config.batch_size
+        else:
+            large = count_parameters(self._family.folder) >= LARGE
+            most = 1 if large else MOST_BATCH
+        size = min(most, len(self._planned))
+        self._events.detail(f"batch size {size}")
+        return size
+
+    def _batches(self, missing: Sequence[Planned]) -> Iterator[list[Planned]]:
+        """Put together what can share a batch: size, steps, guidance and length of prompts are equal."""
+        groups: dict[tuple[Any, ...], list[Planned]] = {}
+        for one in missing:
+            job = one.job
+            like = (job.width, job.height, job.steps, job.guidance, one.chunks)
+            groups.setdefault(like, []).append(one)
+        for group in groups.values():
+            for start in range(0, len(group), self._batch_size):
+                yield group[start : start + self._batch_size]
+
+    # ---- making
+
+    def _make(self, missing: Sequence[Planned]) -> int:
+        """Make images; returns how many are left when time is over."""
+        self._encode_prompts(missing)
+        if self._config.low_memory:
+            self._family.save_memory()
+        self._out.mkdir(parents=True, exist_ok=True)
+        total = sum(one.job.steps for one in missing)
+        begun = 0
+        with self._events.track("Generating", total, "steps") as tracker:
+            for batch in self._batches(missing):
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    return len(missing) - begun
+                begun += len(batch)
+                self._make_batch(batch, tracker)
+        return 0
+
+    def _encode_prompts(self, missing: Sequence[Planned]) -> None:
+        """Encode every prompt once, and let the text encoder go."""
+        for one in missing:
+            for text in (one.job.prompt, one.job.negative):
+                key = self._text_key(text, one)
+                if key not in self._conditions:
+                    self._conditions[key] = self._family.encode(*key)
+        self._family.release_text()
+
+    @staticmethod
+    def _text_key(text: str, one: Planned) -> tuple[str, int, tuple[int, int]]:
+        return text, one.chunks, (one.job.width, one.job.height)
+
+    def _make_batch(self, batch: Sequence[Planned], tracker: Tracker) -> None:
+        start = time.monotonic()
+        rows = [*batch, *batch[-1:] * (self._batch_size - len(batch))]  # one shape for all batches
+        latents = self._denoise(rows, lambda: tracker.advance(len(batch)))
+        seconds = (time.monotonic() - start) / len(batch)
+        for one, row in zip(batch, latents, strict=False):
+            if not torch.isfinite(row).all():
+                self._fail(one, "its numbers ran out of range", "use --dtype float32 or fewer --guidance")
+                continue
+            self._write(one, self._family.decode(row).numpy(), seconds)
+
+    def _denoise(self, rows: Sequence[Planned], stepped: Any) -> torch.Tensor:
+        job, family = rows[0].job, self._family
+        told = [self._conditions[self._text_key(one.job.prompt, one)] for one in rows]
+        against = [self._conditions[self._text_key(one.job.negative, one)] for one in rows]
+        return sampling.denoise(
+            family,
+            schedulers.make(job.scheduler, family.scheduler_config),
+            told,
+            against if job.guidance > 1 else None,
+            [sampling.generator(one.job.seed) for one in rows],
+            (family.latent_channels, job.height // family.factor, job.width // family.factor),
+            sampling.Settings(job.steps, job.guidance, job.guidance_rescale, job.eta, job.strength),
+            device=family.device,
+            start=self._start(job),
+            stepped=stepped,
+        )
+
+    def _start(self, job: jobs.Job) -> sampling.Start | None:
+        if self._given.init is None:
+            return None
+        family, size = self._family, (job.width, job.height)
+        picture = np.array(self._given.init.resize(size, Image.Resampling.LANCZOS))
+        latents = family.encode_picture(torch.from_numpy(picture))
+        if self._given.mask is None:
+            return sampling.Start(latents)
+        white = np.array(self._given.mask.convert("L").resize(size, Image.Resampling.BILINEAR)) >= 128
+        small = torch.from_numpy(white).float()[None, None]
+        mask = torch.nn.functional.max_pool2d(small, family.factor)[0, 0].to(family.device)
+        masked = None
+        if family.inpaints:
+            masked = family.encode_picture(torch.from_numpy(np.where(white[..., None], 127, picture).astype(np.uint8)))
+        return sampling.Start(latents, mask, masked)
+
+    # ---- writing
+
+    def _write(self, one: Planned, pixels: np.ndarray, seconds: float) -> None:
+        job, choice, config = one.job, self._choice, self._config
+        facts: dict[str, Any] = {
+            "key": job.key,
+            "job": asdict(job),
+            "model": self._family.name,
+            "device": choice.device,
+            "dtype": choice.dtype,
+            "threads": choice.threads,
+            "batch_size": self._batch_size,
+            "version": __version__,
+        }
+        text = pictures.parameters(job, self._family.name, job.scheduler, __version__)
+        data = pictures.encoded(pixels, config.image_format, text, facts)
+        path = self._out / self._file_name(one)
+        try:
+            with open_atomic(path) as file:
+                file.write(data)
+            self._manifest.add(job.key, path.name, {**facts, "seconds": round(seconds, 3)})
+        except OSError as error:
+            why = error.strerror or error
+            raise DbcapError(
+                f"cannot write {shown(str(path))}: {why}", "make room; the same command goes on"
+            ) from error
+        self._made += 1
+        self._printer.made(one, path, {**facts, "seconds": round(seconds, 3)})
+
+    def _file_name(self, one: Planned) -> str:
+        """Return a name that is free, or that of the image that is made anew."""
+        ending = pictures.ENDINGS[self._config.image_format]
+        before = self._manifest.find(one.job.key)
+        if before and before.suffix == ending:
+            return before.name
+        fields = {
+            "index": one.index,
+            "seed": one.job.seed,
+            "prompt": jobs.slug(one.job.prompt),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        stem = jobs.named(self._config.name, fields)
+        number, name = 1, jobs.fitting(stem, ending)
+        while self._manifest.taken(name):
+            number += 1
+            name = jobs.fitting(stem, f"-{number}{ending}")
+        return name
+
+    def _fail(self, one: Planned, why: str, hint: str) -> None:
+        self._failed += 1
+        about = f"the image of seed {one.job.seed} failed: {why}"
+        if self._config.on_error == "stop":
+            raise DbcapError(about, hint)
+        self._events.fail(f"{about}; {hint}")
+        self._printer.failed(one)
+
+    def _grid(self) -> None:
+        path = Path(str(self._config.grid))
+        found = [self._manifest.find(one.job.key) for one in self._planned]
+        opened = [Image.open(one).convert("RGB") for one in found if one]
+        if not opened:
+            return
+        try:
+            with open_atomic(path) as file:
+                pictures.grid(opened, self._config.num_images if self._config.num_images > 1 else None).save(
+                    file, "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+                )
+        except OSError as error:
+            raise DbcapError(f"cannot write --grid {shown(str(path))}: {error.strerror or error}") from error

@@ -1,0 +1,202 @@
+"""Stable Diffusion 1.x and 2.x: latent diffusion with a CLIP text encoder (arXiv:2112.10752)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import AutoTokenizer, CLIPTextModel
+
+from dbcap.models import parts
+from dbcap.models.pipelines import IDENTITY
+
+if TYPE_CHECKING:
+    from dbcap.models.hub import LocalModel
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser is told about one prompt."""
+
+    states: torch.Tensor
+    """(S, C): of every token; S is a multiple of the tokenizer's length."""
+    added: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What a family adds, by the name that its UNet knows, each (X,)."""
+
+
+class StableDiffusion:
+    """A pipeline in a folder. Its parts are loaded when they are first used, and the text encoder can be let go."""
+
+    text_parts: tuple[tuple[str, str, Any], ...] = (("tokenizer", "text_encoder", CLIPTextModel),)
+    """Tokenizer, encoder and its class."""
+
+    def __init__(self, local: LocalModel, device: str, dtype: str) -> None:
+        self.name = local.spec.text
+        self.device, self.dtype = torch.device(device), getattr(torch, dtype)
+        self.folder = local.folder
+        self._encoders: list[Any] | None = None
+
+    # ---- what it is
+
+    @cached_property
+    def _unet_config(self) -> dict[str, Any]:
+        return dict(UNet2DConditionModel.load_config(self.folder / "unet"))
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return dict(AutoencoderKL.load_config(self.folder / "vae"))
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """What the model's own scheduler_config.json says, its class under `_class_name`."""
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return config
+
+    @cached_property
+    def identity(self) -> tuple[str | None, str | None]:
+        """The identifier and the class word of a model that dbcap trained."""
+        path = self.folder / IDENTITY
+        said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return said.get("identifier"), said.get("class")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent: widths and heights are multiples of it."""
+        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
+
+    @property
+    def size(self) -> int:
+        """Width and height that the model was trained with, in pixels."""
+        return int(self._unet_config["sample_size"]) * self.factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return int(self._vae_config["latent_channels"])
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the denoiser itself takes a mask and the masked image."""
+        return int(self._unet_config["in_channels"]) == 2 * self.latent_channels + 1
+
+    # ---- text
+
+    @cached_property
+    def tokenizers(self) -> list[Any]:
+        """The tokenizers, the first of which counts."""
+        with parts.clear_errors(self.name):
+            return [
+                AutoTokenizer.from_pretrained(self.folder / tokenizer, local_files_only=True)
+                for tokenizer, _, _ in self.text_parts
+            ]
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt, without the marks of its beginning and end."""
+        return int(self.tokenizers[0].model_max_length) - 2
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of a prompt without its marks, however many."""
+        ids: list[int] = self.tokenizers[0](text, add_special_tokens=False).input_ids
+        return ids
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Return what tokens spell."""
+        return str(self.tokenizers[0].decode(list(tokens), skip_special_tokens=True)).strip()
+
+    @torch.inference_mode()
+    def encode(self, text: str, chunks: int, size: tuple[int, int]) -> Condition:
+        """Encode a prompt in exactly `chunks` pieces of the tokenizer's length; what does not fit is left out.
+
+        `size` is the picture's width and height, which some families tell the denoiser.
+        """
+        raw = self._states(self.tokenizers[0], self._text_encoders()[0], text, chunks, self._last)
+        return Condition(raw[0])
+
+    def _last(self, output: Any) -> torch.Tensor:
+        states: torch.Tensor = output.last_hidden_state
+        return states
+
+    def _states(self, tokenizer: Any, encoder: Any, text: str, chunks: int, choose: Any) -> tuple[torch.Tensor, Any]:
+        """Return the states (chunks x length, C) that `choose` takes out of the encoder's output, and the output."""
+        length = int(tokenizer.model_max_length)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        rows = []
+        for number in range(chunks):
+            part = ids[number * (length - 2) : (number + 1) * (length - 2)]
+            rows.append([start, *part, end, *[pad] * (length - 2 - len(part))])
+        output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
+        return choose(output).flatten(0, 1), output
+
+    def _text_encoders(self) -> list[Any]:
+        if self._encoders is None:
+            self._encoders = [
+                parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype).to(self.device)
+                for _, encoder, kind in self.text_parts
+            ]
+        return self._encoders
+
+    def release_text(self) -> None:
+        """Let the text encoders go: a run encodes its prompts once, before anything else."""
+        self._encoders = None
+        parts.trim()
+
+    # ---- pictures
+
+    @cached_property
+    def unet(self) -> Any:
+        """The denoiser."""
+        model = parts.diffusers_model(UNet2DConditionModel, self.folder / "unet", self.name, self.dtype)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def vae(self) -> Any:
+        """The autoencoder. In float16 SDXL's overflows, so there it runs in float32, as its config asks."""
+        upcast = self.dtype == torch.float16 and self._vae_config.get("force_upcast", True)
+        dtype = torch.float32 if upcast else self.dtype
+        model = parts.diffusers_model(AutoencoderKL, self.folder / "vae", self.name, dtype)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def save_memory(self) -> None:
+        """Decode in tiles and attend in slices: slower, and in less memory."""
+        self.vae.enable_tiling()
+        self.unet.set_attention_slice("auto")
+
+    def predict(self, latents: torch.Tensor, time: torch.Tensor, conditions: Sequence[Condition]) -> torch.Tensor:
+        """Run the denoiser: latents (B, C, H, W) float32, B conditions of one length -> (B, C, H, W) float32."""
+        states = torch.stack([one.states for one in conditions])
+        added = {name: torch.stack([one.added[name] for one in conditions]) for name in conditions[0].added}
+        given = latents.to(self.dtype, memory_format=torch.channels_last)
+        sample: torch.Tensor = self.unet(
+            given, time.to(self.device), encoder_hidden_states=states, added_cond_kwargs=added or None
+        ).sample
+        return sample.float()
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decode one picture: latents (C, H, W) -> RGB uint8 (height, width, 3) on the CPU. Alone, so that nobody's
+        picture depends on another's.
+        """
+        scaled = latents[None] / self._vae_config["scaling_factor"]
+        if shift := self._vae_config.get("shift_factor"):
+            scaled = scaled + shift
+        given = scaled.to(self.vae.dtype, memory_format=torch.channels_last)
+        picture = self.vae.decode(given).sample[0].float()
+        return ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu()
+
+    @torch.inference_mode()
+    def encode_picture(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Encode RGB uint8 (height, width, 3) -> latents (C, H, W) float32: the mean, so that nothing is drawn."""
+        given = (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(self.device, self.vae.dtype)
+        mean = self.vae.encode(given.contiguous(memory_format=torch.channels_last)).latent_dist.mode()[0].float()
+        if shift := self._vae_config.get("shift_factor"):
+            mean = mean - shift
+        scaled: torch.Tensor = mean * self._vae_config["scaling_factor"]
+        return scaled

@@ -1,0 +1,68 @@
+"""Loading the parts of a pipeline: whole or not at all, with plain errors, and with one copy of the weights in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+
+from dbcap.errors import ModelError
+from dbcap.models.libraries import clear_errors
+from dbcap.models.mapped import MappedWeights, trim
+from dbcap.models.pipelines import weight_files
+
+__all__ = ["clear_errors", "diffusers_model", "transformers_model", "trim"]
+
+# How AutoencoderKL named the layers of its attention until 2023; the published weights of SD 1.x and 2.x still do.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def diffusers_model(kind: type[ModelMixin], folder: Path, model: str, dtype: torch.dtype) -> Any:
+    """Load a part that diffusers defines. Raises ModelError."""
+    with clear_errors(model):
+        config = kind.load_config(folder)
+        with torch.device("meta"):
+            module = kind.from_config(config)
+        weights = MappedWeights(weight_files(folder))
+        state = {_new_name(name): tensor for name, tensor in weights.tensors(dtype).items()}
+        expected = module.state_dict()
+        _compare(model, folder.name, expected, state)
+        module.load_state_dict({name: state[name].reshape(expected[name].shape) for name in expected}, assign=True)
+        return module.eval().requires_grad_(False)
+
+
+def transformers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype) -> Any:
+    """Load a part that transformers defines. Raises ModelError."""
+    with clear_errors(model):
+        weights = MappedWeights(weight_files(folder))
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        module, info = kind.from_pretrained(
+            None, config=config, state_dict=weights.tensors(dtype), dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted([*info["missing_keys"], *map(str, info.get("mismatched_keys", ()))]):
+        raise _incomplete(model, folder.name, missing)
+    return module.eval().requires_grad_(False)
+
+
+def _compare(model: str, part: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    wrong = [name for name in expected if name not in state or state[name].numel() != expected[name].numel()]
+    if wrong:
+        raise _incomplete(model, part, wrong)
+
+
+def _incomplete(model: str, part: str, names: list[str]) -> ModelError:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return ModelError(
+        f"the {part} of {model} lacks the weight {names[0]}{more}, or has it in another shape",
+        "the file is incomplete, or belongs to another config.json",
+    )
+
+
+def _new_name(name: str) -> str:
+    before, attention, after = name.partition(".attentions.")
+    words = after.split(".")
+    if attention and len(words) == 3 and words[1] in _OLD_ATTENTION:
+        return f"{before}{attention}{words[0]}.{_OLD_ATTENTION[words[1]]}.{words[2]}"
+    return name

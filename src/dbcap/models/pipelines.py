@@ -1,0 +1,124 @@
+"""Which files of a diffusers pipeline are read: the small ones of each part, and one set of weights a part."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbcap.errors import ModelError
+from dbcap.models.layout import CONFIG, PIPELINE, shards
+
+_SMALL = {
+    "unet": (CONFIG,),
+    "vae": (CONFIG,),
+    "text_encoder": (CONFIG,),
+    "text_encoder_2": (CONFIG,),
+    "scheduler": ("scheduler_config.json",),
+    "feature_extractor": ("preprocessor_config.json",),
+    "safety_checker": (CONFIG,),
+}
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+_VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+_NEEDED = ("unet", "vae", "text_encoder")
+_OPTIONAL = ("text_encoder_2", "safety_checker")
+IDENTITY = "dbcap.json"
+"""What a model that dbcap trained says about itself: its identifier and its class word."""
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_ENDINGS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "bin.index.json")
+_PICKLED_STEM = "pytorch_model"
+
+
+@dataclass(frozen=True)
+class PipelineFiles:
+    """The files of a pipeline that are read, by their paths inside it."""
+
+    small: tuple[str, ...]
+    weights: dict[str, tuple[str, ...]]
+    """Part -> its files; of sharded weights the index comes first."""
+    pickled: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them, weights last."""
+        return self.small + tuple(name for files in self.weights.values() for name in files)
+
+    @property
+    def complete(self) -> bool:
+        """Whether a vocabulary is among them; nothing can be said to a model without."""
+        return any(name.startswith("tokenizer/") and name.endswith((".json", "merges.txt")) for name in self.small)
+
+
+def choose(names: Collection[str], where: str, *, safety: bool = False) -> PipelineFiles:
+    """Return which files of a pipeline are read. Raises `ModelError`, naming `where`, for what is none."""
+    if PIPELINE not in names:
+        what = "is a captioner, no diffusion pipeline" if CONFIG in names else f"has no {PIPELINE}"
+        raise ModelError(f"{where} {what}", "choose another --model")
+    small = [name for name in (PIPELINE, IDENTITY) if name in names]
+    for part, files in _SMALL.items():
+        if safety or part not in ("feature_extractor", "safety_checker"):
+            small += [f"{part}/{file}" for file in files if f"{part}/{file}" in names]
+    for part in _TOKENIZERS:
+        vocabulary = ("tokenizer.json", *_VOCABULARY)
+        small += [f"{part}/{file}" for file in vocabulary if f"{part}/{file}" in names]
+    weights = {}
+    for part in (*_NEEDED, *_OPTIONAL):
+        if part == "safety_checker" and not safety:
+            continue
+        found = _weights(part, names)
+        if found:
+            weights[part] = found
+        elif part in _NEEDED:
+            raise ModelError(f"{where} has no weights that dbcap reads for its {part}", "choose another --model")
+    pickled = any(name.endswith((".bin", ".bin.index.json")) for files in weights.values() for name in files)
+    return PipelineFiles(tuple(small), weights, pickled)
+
+
+def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
+    for ending in _ENDINGS:
+        for stem in (*_STEMS, *((_PICKLED_STEM,) if ending.startswith("bin") else ())):
+            name = f"{part}/{stem}.{ending}"
+            if name not in names:
+                continue
+            if not ending.endswith("index.json"):
+                return (name,)
+            kind = ending.partition(".")[0]
+            pattern = re.compile(rf"{part}/{stem}-\d+-of-\d+\.{kind}")
+            return (name, *sorted(one for one in names if pattern.fullmatch(one)))
+    return ()
+
+
+def choose_in(folder: Path, where: str, *, safety: bool = False) -> PipelineFiles:
+    """Return which files of `folder` are read; every shard that an index names must be there."""
+    names = {path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()}
+    choice = choose(names, where, safety=safety)
+    for part, files in choice.weights.items():
+        if files[0].endswith(".index.json"):
+            for shard in shards(folder / files[0]):
+                if f"{part}/{shard}" not in names:
+                    raise ModelError(
+                        f"{where} has no {part}/{shard}, which {files[0]} names", "fetch or copy the model again"
+                    )
+    return choice
+
+
+def weight_files(part: Path) -> list[Path]:
+    """Return the safetensors files in the folder of one part, in no order that matters."""
+    found = _weights(part.name, {f"{part.name}/{path.name}" for path in part.iterdir() if path.is_file()})
+    return [part.parent / name for name in found if not name.endswith(".index.json")]
+
+
+def count_parameters(folder: Path) -> int:
+    """Return the number of weights of a pipeline, from the headers of its files alone."""
+    from safetensors import safe_open
+
+    total = 0
+    for files in choose_in(folder, str(folder)).weights.values():
+        for name in files:
+            if name.endswith(".safetensors"):
+                with safe_open(folder / name, "numpy") as file:
+                    total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return total
