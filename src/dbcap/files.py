@@ -35,7 +35,7 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=target.parent)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{_start_of(target.name)}.", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -48,6 +48,11 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
         raise
     sync_folder(target.parent)
+
+
+def _start_of(name: str) -> str:
+    """Return so much of a file name that another fits around it: names are limited in bytes."""
+    return os.fsencode(name)[:100].decode("utf-8", "ignore")
 
 
 def sync_folder(folder: Path) -> None:

@@ -140,7 +140,7 @@ def _arguments(typed: Mapping[str, Any], own: list[inspect.Parameter], model: ty
     """Return what the function takes itself: positional fields of a model, or all parameters of a plain command."""
     if model is None:
         return {p.name: typed[p.name] for p in own}
-    return {name: tuple(typed[name]) for name, f in model.model_fields.items() if fields.cli_of(f).argument}
+    return {name: tuple(typed[name] or ()) for name, f in model.model_fields.items() if fields.cli_of(f).argument}
 
 
 def options_of(model: type[Section]) -> list[inspect.Parameter]:
@@ -160,7 +160,10 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
     if cli.argument:
         info: Any = typer.Argument(metavar=cli.metavar, help=field.description, show_default=False)
-        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[list[str], info])
+        if field.is_required():
+            return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[list[str], info])
+        optional = Annotated[list[str] | None, info]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=optional)
     flag = fields.flag_of(name)
     switch = fields.is_switch(field)
     long = () if any(f.startswith("--") for f in cli.flags) else (f"{flag}/--no-{flag[2:]}" if switch else flag,)

@@ -46,9 +46,10 @@ def option(
     return Field(default, description=text, json_schema_extra={"cli": cli}, **bounds)  # type: ignore[dict-item]
 
 
-def argument(metavar: str, text: str) -> Any:
-    """Declare a field that is given by position, on the command line only."""
-    return Field(..., description=text, json_schema_extra={"cli": Cli(metavar=metavar, argument=True)})  # type: ignore[dict-item]
+def argument(metavar: str, text: str, *, required: bool = True) -> Any:
+    """Declare a field that is given by position, on the command line only: a tuple, empty if it is not required."""
+    extra: Any = {"cli": Cli(metavar=metavar, argument=True)}
+    return Field(... if required else (), description=text, json_schema_extra=extra)
 
 
 def cli_of(field: FieldInfo) -> Cli:

@@ -22,6 +22,7 @@ OF_BEAMS = ("length_penalty", "early_stopping")
 Count = Annotated[int, Ge(1)]
 MOST = 256  # beams, candidates, threads: more is a slip of the finger, and takes all memory
 Text = Annotated[str, MinLen(1)]
+Side = Annotated[int, Ge(1), Le(8192)]
 Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
 DURATION = r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s?)$"
 SCHEDULERS = ("ddim", "pndm", "euler", "euler-a", "dpm++", "dpm++-karras", "unipc", "lms", "heun")
@@ -205,7 +206,10 @@ class GenerateConfig(ComputeConfig):
     """`dbcap generate`."""
 
     prompts: tuple[str, ...] = argument(
-        "PROMPT", "Prompts, @FILE for a list of them (lines, .jsonl or .csv), - for a list on stdin."
+        "PROMPT", "Prompts, @FILE for a list of them (lines, .jsonl or .csv), - for a list on stdin.", required=False
+    )
+    like: str | None = option(
+        None, "Make the image in this file of dbcap's again, from what is written in it.", group=PROMPTS, metavar="FILE"
     )
     expand: bool = option(False, "Make every combination of {alternatives|like|these}.", group=PROMPTS)
     negative: str = option("", "What the image shall not show.", group=PROMPTS)
@@ -237,8 +241,8 @@ class GenerateConfig(ComputeConfig):
         0.0, "Against pale or burnt images at high guidance (0.7 is usual).", group=SAMPLING, ge=0, le=1
     )
     eta: float = option(0.0, "DDIM: noise in each step, from 0 (none) to 1.", group=SAMPLING, ge=0, le=1)
-    width: Count | None = option(None, "Width in pixels.", group=SAMPLING, unset=OF_MODEL)
-    height: Count | None = option(None, "Height in pixels.", group=SAMPLING, unset=OF_MODEL)
+    width: Side | None = option(None, "Width in pixels.", group=SAMPLING, unset=OF_MODEL)
+    height: Side | None = option(None, "Height in pixels.", group=SAMPLING, unset=OF_MODEL)
     init: str | None = option(None, "Begin with this image instead of noise.", group=SAMPLING, metavar="IMAGE")
     strength: float = option(
         0.8, "With --init: how much of it is painted over, from 0 to 1.", group=SAMPLING, ge=0, le=1
@@ -278,6 +282,10 @@ class GenerateConfig(ComputeConfig):
     def _combinations(self) -> GenerateConfig:
         if self.mask and not self.init:
             raise ValueError("--mask needs --init")
+        if self.like and self.prompts:
+            raise ValueError("--like takes the prompt from the image: give no other")
+        if not self.like and not self.prompts:
+            raise ValueError('there is no prompt: write one, as in dbcap generate "a photo of a cat"')
         return self
 
 

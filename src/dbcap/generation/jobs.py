@@ -12,12 +12,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dbcap.errors import UsageError
+from dbcap.errors import UsageError, did_you_mean
+from dbcap.inputs import shown
 
 LONGEST_NAME = 255
 """Bytes, of a file name on most file systems."""
 MOST_SEED = 2**64 - 1
-_FIELDS = ("index", "seed", "prompt", "run", "step", "date")
+_FIXED = ("negative", "guidance")
+"""Fields that always stand in the key; others only where they hold something, so that new fields leave old keys."""
+_NUMBERS = ("guidance", "guidance_rescale", "eta", "strength")
+_SPEC = re.compile(r"(.?[<>=^])?[-+ ]?#?0?\d{0,3}[_,]?(\.\d{1,3})?[sdbxXo]?")
+_FIELDS = ("index", "seed", "prompt", "date")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ class Job:
     @property
     def key(self) -> str:
         """What stands for all of it: 64 hexadecimal digits."""
-        values = {name: value for name, value in asdict(self).items() if value or name in ("negative", "guidance")}
+        values = asdict(self)
+        values |= {name: float(values[name]) + 0.0 for name in _NUMBERS}  # 7 is 7.0, and -0.0 is 0.0
+        values["additions"] = [(digest, float(scale) + 0.0) for digest, scale in self.additions]
+        values = {name: value for name, value in values.items() if value or name in _FIXED}
         text = json.dumps(values, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -63,15 +71,19 @@ def slug(text: str, most: int = 60) -> str:
 def check_template(template: str) -> None:
     """Raise UsageError for a `--name` that cannot make file names inside the folder."""
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [(name, spec or "") for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise UsageError(f"--name {template!r} cannot be read: {error}", "write braces twice to mean them") from None
-    unknown = [name for name in fields if name not in _FIELDS]
-    if unknown:
-        raise UsageError(f"--name has no field {{{unknown[0]}}}", f"there are {', '.join(_FIELDS)}")
+    fields = [name for name, _ in parts]
+    for name, spec in parts:
+        if name not in _FIELDS:
+            near = did_you_mean(name, _FIELDS)
+            raise UsageError(f"--name has no field {{{shown(name)}}}", near or f"there are {', '.join(_FIELDS)}")
+        if not _SPEC.fullmatch(spec):  # also fields inside of it, and widths that would fill the memory
+            raise UsageError(f"--name: {{{name}:{shown(spec)}}} has no format for file names", "try {index:05d}")
     if "seed" not in fields and "index" not in fields:
         raise UsageError("--name gives all images one name", "let it hold {index} or {seed}")
-    named(template, dict.fromkeys(_FIELDS, "x") | {"index": 0, "seed": 0, "step": 0})
+    named(template, dict.fromkeys(_FIELDS, "x") | {"index": 0, "seed": 0})
 
 
 def named(template: str, fields: Mapping[str, Any]) -> str:
@@ -80,7 +92,9 @@ def named(template: str, fields: Mapping[str, Any]) -> str:
         name = template.format(**fields)
     except (ValueError, IndexError, AttributeError, KeyError) as error:
         raise UsageError(f"--name {template!r} cannot be filled in: {error}") from None
-    if "/" in name or (os.sep != "/" and os.sep in name) or "\0" in name or name.startswith("."):
+    outside = "/" in name or (os.sep != "/" and os.sep in name)
+    unfit = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name)  # controls, and what is no UTF-8
+    if not name or outside or unfit or name.startswith("."):
         raise UsageError(f"--name gives {name!r}, which is no plain file name", "use --out for the folder")
     return name
 

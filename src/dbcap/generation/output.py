@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dbcap.files import write_stdout
+from dbcap.generation import pictures
 from dbcap.generation.plan import Planned
+from dbcap.inputs import shown
 
 
 class Printer:
@@ -35,8 +37,10 @@ class Printer:
         self._flush()
 
     def skipped(self, one: Planned, path: Path) -> None:
-        """An image was there."""
-        self._put(one, path, {"key": one.job.key, "job": asdict(one.job), "skipped": True})
+        """An image was there. JSON has the keys of one that was made, as far as the image knows them."""
+        known = (pictures.facts_of(path) or {}) if self._form == "jsonl" else {}
+        ours = {"key": one.job.key, "job": asdict(one.job), "seconds": None, "skipped": True}
+        self._put(one, path, {**known, **ours})
 
     def same(self, one: Planned, first: int) -> None:
         """A job stands twice in the plan: its line waits for the first one's."""
@@ -52,16 +56,32 @@ class Printer:
         """Print what would be made, and where it is if it need not."""
         job = one.job
         if self._form == "jsonl":
-            line = json.dumps({"key": job.key, "job": asdict(job), "path": there or None}, ensure_ascii=False)
+            line = _json({"key": job.key, "job": asdict(job), "path": there or None})
         else:
-            line = f"{job.seed}\t{job.width}x{job.height}\t{there or 'missing'}\t{job.prompt}"
-        write_stdout(line.encode("utf-8", "surrogateescape") + b"\n")
+            line = _text(str(job.seed), f"{job.width}x{job.height}", there or "missing", job.prompt)
+        write_stdout(line)
+
+    def close(self) -> None:
+        """The run ends early: what is known goes out, though lines before it are missing for good."""
+        for index in self._waiting:
+            if line := self._lines.pop(index, b""):
+                write_stdout(line)
+        self._waiting.clear()
 
     def _put(self, one: Planned, path: Path, facts: Mapping[str, Any]) -> None:
-        line = json.dumps({"path": str(path), **facts}, ensure_ascii=False) if self._form == "jsonl" else str(path)
-        self._lines[one.index] = line.encode("utf-8", "surrogateescape") + b"\n"
+        self._lines[one.index] = _json({"path": str(path), **facts}) if self._form == "jsonl" else _text(str(path))
 
     def _flush(self) -> None:
         while self._waiting and self._waiting[0] in self._lines:
             if line := self._lines.pop(self._waiting.popleft()):
                 write_stdout(line)
+
+
+def _text(*cells: str) -> bytes:
+    """Return a line; tabs and line ends in it are written as escapes, bytes of a path that are no UTF-8 are kept."""
+    return "\t".join(map(shown, cells)).encode("utf-8", "surrogateescape") + b"\n"
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    """Return a line of JSON in UTF-8; bytes of a path that are none become JSON's own escape."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

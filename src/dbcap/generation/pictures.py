@@ -14,9 +14,13 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dbcap.errors import DbcapError
 from dbcap.generation.jobs import Job
+from dbcap.pixels import HOSTILE
 
 ENDINGS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
+MOST_EXIF = 65533
+"""Bytes of Exif data in a JPEG."""
 _DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286
 _SAMPLERS = {
     "ddim": "DDIM",
@@ -43,17 +47,25 @@ def parameters(job: Job, model: str, sampler: str, version: str) -> str:
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
         "Model hash": job.model[:10],
-        "Model": model.replace(",", " "),
+        "Model": _quoted(model),
     }
     if job.init:
         facts["Denoising strength"] = f"{job.strength:g}"
     facts["Version"] = f"dbcap {version}"
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
-    return "\n".join(lines)
+    return "\n".join(lines).encode("utf-8", "replace").decode()  # a model's path need not be UTF-8
+
+
+def _quoted(value: str) -> str:
+    """Return a value as it can stand between the commas of the last line."""
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:"\n\r') else value
 
 
 def encoded(pixels: npt.NDArray[np.uint8], kind: str, text: str, facts: dict[str, Any]) -> bytes:
-    """Return a picture file of RGB pixels (height, width, 3); `kind` is png, webp (lossless) or jpeg."""
+    """Return a picture file of RGB pixels (height, width, 3); `kind` is png, webp (lossless) or jpeg.
+
+    Raises DbcapError where a JPEG has no room for the texts.
+    """
     image = Image.fromarray(pixels)
     document = json.dumps(facts, ensure_ascii=True)
     buffer = io.BytesIO()
@@ -67,20 +79,25 @@ def encoded(pixels: npt.NDArray[np.uint8], kind: str, text: str, facts: dict[str
     exif[_DESCRIPTION] = document
     exif.get_ifd(_EXIF)[_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
     options: dict[str, Any] = {"lossless": True} if kind == "webp" else {"quality": 95, "subsampling": 0}
-    image.save(buffer, kind.upper(), exif=exif.tobytes(), **options)
+    packed = exif.tobytes()
+    if kind == "jpeg" and len(packed) > MOST_EXIF:
+        raise DbcapError("the prompt is too long to be kept in a JPEG", "use --image-format png or webp")
+    image.save(buffer, kind.upper(), exif=packed, **options)
     return buffer.getvalue()
 
 
 def facts_of(path: Path) -> dict[str, Any] | None:
     """Return the JSON document in a picture, or None where there is none that can be read. Decodes no pixels."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            document = image.info.get("dbcap") or image.getexif().get(_DESCRIPTION)
+            with Image.open(path, formats=[kind.upper() for kind in ENDINGS]) as image:
+                document = image.info.get("dbcap") or image.getexif().get(_DESCRIPTION)
         facts = json.loads(document) if isinstance(document, str) else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except HOSTILE:
         return None
-    return facts if isinstance(facts, dict) and "job" in facts and "key" in facts else None
+    sound = isinstance(facts, dict) and isinstance(facts.get("job"), dict) and isinstance(facts.get("key"), str)
+    return facts if sound else None
 
 
 def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

@@ -104,6 +104,23 @@ def make(
     return planned
 
 
+def repeated(job: Job, family: StableDiffusion, revision: str, pictures: Pictures, config: GenerateConfig) -> Planned:
+    """Return the job of a picture as a plan. Raises UsageError where the model or a picture is another by now."""
+    for what, now, then in (
+        (f"the model {family.name}", revision, job.model),
+        (f"the picture {config.init}", pictures.init_hash, job.init),
+        (f"the mask {config.mask}", pictures.mask_hash, job.mask),
+    ):
+        if now != then:
+            raise UsageError(f"--like: {what} is not what it was", f"its hash was {then[:12]} and is {now[:12]}")
+    schedulers.known(None if job.scheduler == schedulers.OWN else job.scheduler)
+    most = 1
+    if job.long_prompt == "chunk":
+        longest = max(len(family.tokens(text)) for text in (job.prompt, job.negative))
+        most = max(1, -(-longest // family.room))
+    return Planned(0, job, most)
+
+
 def _expanded(config: GenerateConfig, requests: Sequence[Request]) -> list[Request]:
     if not config.expand:
         return list(requests)

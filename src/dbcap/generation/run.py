@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from dbcap.config.paths import cache_dir
 from dbcap.errors import OK, OUT_OF_TIME, PARTIAL, SIGINT, DbcapError, Interrupted, UsageError
 from dbcap.events import Events, Tracker
 from dbcap.files import Lock, open_atomic
-from dbcap.generation import jobs, pictures, plan, prompts, sampling, schedulers
+from dbcap.generation import jobs, like, pictures, plan, prompts, sampling, schedulers
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.output import Printer
 from dbcap.generation.plan import Pictures, Planned
@@ -72,10 +73,11 @@ class GenerateReport:
 def run(config: GenerateConfig, common: CommonConfig, events: Events) -> GenerateReport:
     """Make images as `dbcap generate` does. Raises DbcapError; images that failed are counted in the report."""
     started = time.monotonic()
-    requests = prompts.read(config.prompts, getattr(sys.stdin, "buffer", None))
-    if not requests:
-        raise UsageError("there is no prompt", 'write one: dbcap generate "a photo of a cat"')
     jobs.check_template(config.name)
+    recipe = None
+    if config.like:
+        recipe, config = like.read(config.like, config)
+    requests = prompts.read(config.prompts, getattr(sys.stdin, "buffer", None))
     given = plan.read_pictures(config)
     local = hub.locate(
         config.model,
@@ -86,21 +88,27 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         home=cache_dir(),
     )
     choice = device.choose(
-        device=config.device, dtype=config.dtype, batch_size=1, parameters=count_parameters(local.folder)
+        device=config.device,
+        dtype=config.dtype,
+        batch_size=1,
+        parameters=count_parameters(local.folder),
+        threads=recipe.threads if recipe else None,
     )
     for reason in (*choice.why[:2], choice.why[3]):
         events.detail(reason)
     torch.set_num_threads(choice.threads)
     family = families.load(local, choice.device, choice.dtype)
-    planned = plan.make(config, requests, family, local.revision, given, events)
+    if recipe:
+        planned = [plan.repeated(recipe.job, family, local.revision, given, config)]
+    else:
+        planned = plan.make(config, requests, family, local.revision, given, events)
     with ExitStack() as stack:
         out = Path(config.out)
         if config.dry_run:
             return _told(config, planned, Manifest(out))
         lock = Path(config.lock) if config.lock else out / ".dbcap.lock"
         stack.enter_context(Lock(lock, remove=not config.lock))
-        work = _Run(config, events, family, choice, planned, given, started)
-        return work.run()
+        return _Run(config, events, family, choice, planned, given, started, recipe.row if recipe else None).run()
 
 
 def _told(config: GenerateConfig, planned: Sequence[Planned], manifest: Manifest) -> GenerateReport:
@@ -126,9 +134,10 @@ class _Run:
         planned: Sequence[Planned],
         given: Pictures,
         started: float,
+        row: int | None,
     ) -> None:
         self._config, self._events, self._family, self._choice = config, events, family, choice
-        self._planned, self._given = planned, given
+        self._planned, self._given, self._row = planned, given, row
         self._out = Path(config.out)
         self._manifest = Manifest(self._out)
         self._printer = Printer(config.format)
@@ -146,9 +155,14 @@ class _Run:
             if missing:
                 left = self._make(missing)
         except (KeyboardInterrupt, Interrupted) as error:
+            self._printer.close()
             code = error.exit_code if isinstance(error, Interrupted) else SIGINT
             done = f"{self._made} of {len(missing)} are made; the same command goes on"
             raise Interrupted(code, done) from None
+        except DbcapError:
+            self._printer.close()
+            raise
+        self._printer.close()
         if self._config.grid and not left:
             self._grid()
         return GenerateReport(self._made, self._failed, len(self._planned) - len(missing), left)
@@ -180,42 +194,49 @@ class _Run:
         else:
             large = count_parameters(self._family.folder) >= LARGE
             most = 1 if large else MOST_BATCH
-        size = min(most, len(self._planned))
+        size = most if self._row is not None else min(most, len(self._planned))
         self._events.detail(f"batch size {size}")
         return size
 
-    def _batches(self, missing: Sequence[Planned]) -> Iterator[list[Planned]]:
-        """Put together what can share a batch: size, steps, guidance and length of prompts are equal."""
+    def _batches(self) -> Iterator[list[Planned]]:
+        """Put together what can share a batch: size, steps, guidance and length of prompts are equal.
+
+        Of the whole plan, whatever of it is there already: an image has the same place in its batch in a run that goes
+        on. A batch has one shape; what lacks is filled up by its last job.
+        """
         groups: dict[tuple[Any, ...], list[Planned]] = {}
-        for one in missing:
+        for one in self._planned:
             job = one.job
-            like = (job.width, job.height, job.steps, job.guidance, one.chunks)
-            groups.setdefault(like, []).append(one)
+            alike = (job.width, job.height, job.steps, job.guidance, one.chunks)
+            groups.setdefault(alike, []).append(one)
         for group in groups.values():
             for start in range(0, len(group), self._batch_size):
-                yield group[start : start + self._batch_size]
+                batch = group[start : start + self._batch_size]
+                yield batch + batch[-1:] * (self._batch_size - len(batch))
 
     # ---- making
 
     def _make(self, missing: Sequence[Planned]) -> int:
         """Make images; returns how many are left when time is over."""
-        self._encode_prompts(missing)
+        self._encode_prompts()
         if self._config.low_memory:
             self._family.save_memory()
         self._out.mkdir(parents=True, exist_ok=True)
         total = sum(one.job.steps for one in missing)
-        begun = 0
+        todo = {one.index for one in missing}
         with self._events.track("Generating", total, "steps") as tracker:
-            for batch in self._batches(missing):
+            for batch in self._batches():
+                if not todo.intersection(one.index for one in batch):
+                    continue
                 if self._deadline is not None and time.monotonic() >= self._deadline:
-                    return len(missing) - begun
-                begun += len(batch)
-                self._make_batch(batch, tracker)
+                    return len(todo)
+                self._make_batch(batch, todo, tracker)
+                todo.difference_update(one.index for one in batch)
         return 0
 
-    def _encode_prompts(self, missing: Sequence[Planned]) -> None:
+    def _encode_prompts(self) -> None:
         """Encode every prompt once, and let the text encoder go."""
-        for one in missing:
+        for one in self._planned:
             for text in (one.job.prompt, one.job.negative):
                 key = self._text_key(text, one)
                 if key not in self._conditions:
@@ -226,16 +247,19 @@ class _Run:
     def _text_key(text: str, one: Planned) -> tuple[str, int, tuple[int, int]]:
         return text, one.chunks, (one.job.width, one.job.height)
 
-    def _make_batch(self, batch: Sequence[Planned], tracker: Tracker) -> None:
+    def _make_batch(self, batch: Sequence[Planned], todo: set[int], tracker: Tracker) -> None:
+        """Make a whole batch, and write those of its images that are still to be made."""
         start = time.monotonic()
-        rows = [*batch, *batch[-1:] * (self._batch_size - len(batch))]  # one shape for all batches
-        latents = self._denoise(rows, lambda: tracker.advance(len(batch)))
-        seconds = (time.monotonic() - start) / len(batch)
-        for one, row in zip(batch, latents, strict=False):
-            if not torch.isfinite(row).all():
-                self._fail(one, "its numbers ran out of range", "use --dtype float32 or fewer --guidance")
+        wanted = {one.index: row for row, one in reversed(list(enumerate(batch))) if one.index in todo}
+        if self._row is not None:
+            wanted = {batch[0].index: self._row}
+        latents = self._denoise(batch, lambda: tracker.advance(len(wanted)))
+        seconds = (time.monotonic() - start) / len(wanted)
+        for row in sorted(wanted.values()):
+            if not torch.isfinite(latents[row]).all():
+                self._fail(batch[row], "its numbers ran out of range", "use --dtype float32 or less --guidance")
                 continue
-            self._write(one, self._family.decode(row).numpy(), seconds)
+            self._write(batch[row], row, self._family.decode(latents[row]).numpy(), seconds)
 
     def _denoise(self, rows: Sequence[Planned], stepped: Any) -> torch.Tensor:
         job, family = rows[0].job, self._family
@@ -272,7 +296,7 @@ class _Run:
 
     # ---- writing
 
-    def _write(self, one: Planned, pixels: np.ndarray, seconds: float) -> None:
+    def _write(self, one: Planned, row: int, pixels: np.ndarray, seconds: float) -> None:
         job, choice, config = one.job, self._choice, self._config
         facts: dict[str, Any] = {
             "key": job.key,
@@ -282,6 +306,9 @@ class _Run:
             "dtype": choice.dtype,
             "threads": choice.threads,
             "batch_size": self._batch_size,
+            "row": row,
+            **({"init": os.path.abspath(config.init)} if config.init else {}),
+            **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
             "version": __version__,
         }
         text = pictures.parameters(job, self._family.name, job.scheduler, __version__)

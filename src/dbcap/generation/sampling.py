@@ -11,7 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+
+_WORDS = slice(3, 627)
+"""Where the twister's 624 words are in a generator's state, after its seed and where it stands."""
 
 
 class Denoiser(Protocol):
@@ -43,8 +47,19 @@ class Start:
 
 
 def generator(seed: int) -> torch.Generator:
-    """Return the source of all randomness of one image; `seed` is from 0 to 2**64 - 1."""
-    return torch.Generator().manual_seed(seed)
+    """Return the source of all randomness of one image; `seed` is from 0 to 2**64 - 1.
+
+    torch's generator for the CPU, a Mersenne twister, looks at 32 bits of a seed. For larger ones its state is filled
+    from all 64, by the initialisation from an array that its authors give.
+    """
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    made = torch.Generator().manual_seed(low)
+    if high:
+        words = np.random.RandomState([low, high]).get_state(legacy=False)["state"]["key"]
+        state = made.get_state()
+        state.view(torch.int64)[_WORDS] = torch.from_numpy(words.astype(np.int64))
+        made.set_state(state)
+    return made
 
 
 def noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -92,12 +107,14 @@ def denoise(
     scheduler.set_timesteps(settings.steps, device=device)
     drawn = noise(generators, shape).to(device)
     times = scheduler.timesteps
+    latents: torch.Tensor
     if start is None:
         latents = drawn * scheduler.init_noise_sigma
     else:
         skipped = (settings.steps - kept_steps(settings.steps, settings.strength)) * scheduler.order
         times = times[skipped:]
-        scheduler.set_begin_index(skipped)
+        if hasattr(scheduler, "set_begin_index"):  # those that count their steps
+            scheduler.set_begin_index(skipped)
         latents = _noised(scheduler, start.latents, drawn, times[:1])
     keywords = _keywords(scheduler, generators, settings.eta)
     for number, time in enumerate(times):

@@ -1,4 +1,4 @@
-"""Loading the parts of a pipeline: whole or not at all, with plain errors, and with one copy of the weights in memory."""
+"""Loading the parts of a pipeline: whole or not at all, with plain errors, and one copy of the weights in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
 
 from dbcap.errors import ModelError
 from dbcap.models.libraries import clear_errors
@@ -19,7 +18,7 @@ __all__ = ["clear_errors", "diffusers_model", "transformers_model", "trim"]
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def diffusers_model(kind: type[ModelMixin], folder: Path, model: str, dtype: torch.dtype) -> Any:
+def diffusers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype) -> Any:
     """Load a part that diffusers defines. Raises ModelError."""
     with clear_errors(model):
         config = kind.load_config(folder)

@@ -111,7 +111,7 @@ class StableDiffusion:
         return str(self.tokenizers[0].decode(list(tokens), skip_special_tokens=True)).strip()
 
     @torch.inference_mode()
-    def encode(self, text: str, chunks: int, size: tuple[int, int]) -> Condition:
+    def encode(self, text: str, chunks: int, size: tuple[int, int]) -> Condition:  # noqa: ARG002 - XL's needs it
         """Encode a prompt in exactly `chunks` pieces of the tokenizer's length; what does not fit is left out.
 
         `size` is the picture's width and height, which some families tell the denoiser.
@@ -181,9 +181,7 @@ class StableDiffusion:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode one picture: latents (C, H, W) -> RGB uint8 (height, width, 3) on the CPU. Alone, so that nobody's
-        picture depends on another's.
-        """
+        """Decode latents (C, H, W) -> RGB uint8 (height, width, 3) on the CPU. One alone, so that none has mates."""
         scaled = latents[None] / self._vae_config["scaling_factor"]
         if shift := self._vae_config.get("shift_factor"):
             scaled = scaled + shift

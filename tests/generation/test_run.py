@@ -1,0 +1,248 @@
+"""`dbcap generate` as its users run it: again, killed, beside another, with what is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbcap.cli.app import run as command
+from dbcap.files import Lock
+from dbcap.generation.pictures import facts_of
+
+QUICK = ["--steps", "3", "--guidance", "2", "--dtype", "float32", "--no-progress"]
+
+
+@pytest.fixture
+def generate(home, tiny_diffusion, tmp_path, monkeypatch, capfd):
+    """Return a function that runs the command in an empty folder: exit code, lines of stdout, stderr."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def call(*words, model=tiny_diffusion):
+        code = command(["generate", *words, "--model", str(model), *QUICK])
+        out, err = capfd.readouterr()
+        return code, out.splitlines(), err
+
+    return call
+
+
+def pixels(path):
+    return np.array(Image.open(path).convert("RGB"))
+
+
+def test_images_are_made_once(generate):
+    code, lines, err = generate("a red dog", "-n", "3", "--seed", "1", "--grid", "grid.png")
+    assert (code, lines) == (0, ["outputs/00000-1.png", "outputs/00001-2.png", "outputs/00002-3.png"])
+    assert err == "3 made\n"
+    assert Image.open("grid.png").size == (96, 32)
+    first = [Path(line).read_bytes() for line in lines]
+    assert len(set(first)) == 3
+    code, again, err = generate("a red dog", "-n", "3", "--seed", "1")
+    assert (code, again) == (0, lines)
+    assert "0 made, 3 there already" in err
+    assert "--seed random" in err
+    assert [Path(line).read_bytes() for line in lines] == first
+
+
+def test_what_is_missing_is_made_as_it_was(generate):
+    _, lines, _ = generate("a red dog", "-n", "5", "--batch-size", "2")
+    before = [Path(line).read_bytes() for line in lines]
+    for number in (1, 2, 4):
+        Path(lines[number]).unlink()
+    code, again, err = generate("a red dog", "-n", "5", "--batch-size", "2")
+    assert (code, again) == (0, lines)
+    assert "3 made, 2 there already" in err
+    assert [Path(line).read_bytes() for line in lines] == before
+
+
+def test_a_picture_says_how_to_make_it_again(generate):
+    _, lines, _ = generate("a red dog", "-n", "4", "--seed", "7", "--batch-size", "3", "--negative", "a cat")
+    for line in lines:
+        code, made, _ = generate("--like", line, "--out", "again")
+        assert code == 0
+        assert Path(made[0]).read_bytes() == Path(line).read_bytes()
+
+
+def test_like_of_what_is_no_image_of_ours(generate):
+    Image.new("RGB", (8, 8)).save("other.png")
+    for words, said in (
+        (["--like", "missing.png"], "no file missing.png"),
+        (["--like", "other.png"], "does not say how it was made"),
+        (["--like", "other.png", "a prompt"], "--like takes the prompt from the image"),
+        ([], "there is no prompt"),
+    ):
+        code, lines, err = generate(*words)
+        assert (code, lines) == (2, [])
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_other_settings_are_other_images(generate):
+    _, first, _ = generate("a red dog")
+    _, second, _ = generate("a red dog", "--guidance-rescale", "0.7")
+    _, third, _ = generate("a red cat")
+    names = [*first, *second, *third]
+    assert names == ["outputs/00000-0.png", "outputs/00000-0-2.png", "outputs/00000-0-3.png"]
+    assert len({Path(name).read_bytes() for name in names}) == 3
+
+
+def test_rows_of_a_table_have_settings_of_their_own(generate):
+    Path("prompts.csv").write_text("prompt,negative,seed,steps,size\na red dog,,5,2,32x64\na cat,a dog,,,\n")
+    code, lines, _ = generate("@prompts.csv", "--format", "jsonl", "--seed", "9")
+    assert code == 0
+    jobs = [json.loads(line)["job"] for line in lines]
+    assert [(j["prompt"], j["negative"], j["seed"], j["steps"], j["width"], j["height"]) for j in jobs] == [
+        ("a red dog", "", 5, 2, 32, 64),
+        ("a cat", "a dog", 9, 3, 32, 32),
+    ]
+    assert Image.open(json.loads(lines[0])["path"]).size == (32, 64)
+
+
+def test_a_dry_run_makes_nothing(generate):
+    code, lines, err = generate("a {red|blue} {dog|cat}", "--expand", "-n", "2", "--dry-run")
+    assert (code, len(lines)) == (0, 8)
+    assert lines[0] == "0\t32x32\tmissing\ta red dog"
+    assert err == "8 of 8 images would be made\n"
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["a dog", "--scheduler", "dpm+"], 2, "did you mean dpm++"),
+        (["a dog", "--width", "34"], 2, "a width of 34 is no multiple of 4; use 32 or 36"),
+        (["a dog", "--strength", "2"], 2, "--strength"),
+        (["[V] dog"], 2, "[V] stands for the model's identifier"),
+        (["a {class}"], 2, "{class} stands for the model's class word"),
+        (["@missing.txt"], 2, "missing.txt"),
+        (["@empty.txt"], 2, "empty.txt holds no prompt"),
+        (["@broken.csv"], 2, "broken.csv, line 3: steps = 'many' is not allowed"),
+        (["a dog", "--init", "missing.png"], 1, "missing.png"),
+        (["a dog", "--mask", "broken.csv"], 2, "--mask needs --init"),
+        (["a dog", "--name", "same"], 2, "--name"),
+        (["a dog", "--seed", str(2**64 - 1), "-n", "2"], 2, "the largest is"),
+        (["a dog", "--max-time", "soon"], 2, "a time such as"),
+        (["a dog " * 20, "--long-prompt", "error"], 2, "has 40 tokens, and the model reads 14"),
+    ],
+)
+def test_what_is_wrong_is_one_line(generate, words, code, said):
+    Path("empty.txt").write_text("\n\n")
+    Path("broken.csv").write_text("prompt,steps\na dog,3\na cat,many\n")
+    found, lines, err = generate(*words)
+    assert (found, lines) == (code, [])
+    assert said in err
+    assert err.count("\n") == 1
+    assert not Path("outputs").exists()
+
+
+def test_a_missing_model_is_one_line(generate):
+    code, lines, err = generate("a dog", model="./nowhere")
+    assert (code, lines) == (1, [])
+    assert "no such folder: ./nowhere" in err
+
+
+def test_long_prompts_are_cut_and_that_is_said(generate):
+    code, lines, err = generate("a dog " * 20, "a dog " * 7)
+    assert code == 0
+    assert err.count("left out") == 1
+    assert "prompt 1: the prompt has 40 tokens, and the model reads 14: left out 'a dog" in err
+    assert (pixels(lines[0]) == pixels(lines[1])).all(), "what is left is the other prompt"
+    code, chunked, err = generate("a dog " * 20, "--long-prompt", "chunk")
+    assert (code, err) == (0, "1 made\n")
+    assert (pixels(chunked[0]) != pixels(lines[0])).any()
+
+
+def test_a_picture_to_begin_with_and_where_to_paint(generate):
+    Image.linear_gradient("L").resize((48, 32)).convert("RGB").save("init.png")
+    mask = Image.new("L", (48, 32))
+    mask.paste(255, (24, 0, 48, 32))
+    mask.save("mask.png")
+    code, lines, _ = generate("a dog", "--init", "init.png", "--strength", "0.7")
+    assert code == 0
+    assert Image.open(lines[0]).size == (48, 32)
+    code, masked, _ = generate("a dog", "--init", "init.png", "--mask", "mask.png", "--strength", "1")
+    assert code == 0
+    facts = facts_of(Path(masked[0]))
+    assert facts["init"].endswith("init.png")
+    code, again, _ = generate("--like", masked[0], "--out", "again")
+    assert (code, Path(again[0]).read_bytes()) == (0, Path(masked[0]).read_bytes())
+    mask.rotate(180).save("mask.png")
+    code, _, err = generate("--like", masked[0], "--out", "other")
+    assert code == 2
+    assert "is not what it was" in err
+    code, _, err = generate("a dog", "--init", "init.png", "--strength", "0.2")
+    assert code == 2
+    assert "leaves none of 3 steps; the smallest that leaves one is 0.3334" in err
+
+
+def test_the_smallest_strength_that_is_named_works(generate):
+    Image.new("RGB", (32, 32)).save("init.png")
+    assert generate("a dog", "--init", "init.png", "--strength", "0.3334")[0] == 0
+
+
+def test_the_end_of_the_time_is_no_failure(generate):
+    code, lines, err = generate("a dog", "-n", "2", "--max-time", "0s")
+    assert (code, lines) == (5, [])
+    assert "2 left as --max-time is over; the same command goes on" in err
+
+
+def test_one_at_a_time(generate):
+    Path("outputs").mkdir()
+    with Lock(Path("outputs/.dbcap.lock")):
+        code, lines, err = generate("a dog")
+        assert (code, lines) == (4, [])
+        assert "another dbcap is at work" in err
+        assert generate("a dog", "--dry-run")[0] == 0
+    assert generate("a dog")[0] == 0
+    assert sorted(os.listdir("outputs")) == ["00000-0.png", "jobs.jsonl"]
+
+
+@pytest.mark.parametrize("existing", ["overwrite", "error"])
+def test_images_that_are_there(generate, existing):
+    _, lines, _ = generate("a dog")
+    before = os.stat(lines[0])
+    code, again, err = generate("a dog", "--existing", existing)
+    if existing == "error":
+        assert (code, again) == (2, [])
+        assert "is there already" in err
+    else:
+        assert (code, again) == (0, lines)
+        assert os.stat(lines[0]).st_ino != before.st_ino
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("webp", ".webp"), ("jpeg", ".jpg")])
+def test_other_file_formats(generate, kind, ending):
+    code, lines, _ = generate("a dog", "--image-format", kind)
+    assert code == 0
+    assert Path(lines[0]).suffix == ending
+    assert facts_of(Path(lines[0]))["job"]["prompt"] == "a dog"
+    assert generate("a dog", "--image-format", kind)[2].startswith("0 made, 1 there already")
+
+
+def test_a_killed_run_goes_on_to_the_same_images(generate, tiny_diffusion):
+    words = ["a red dog", "-n", "40", "--batch-size", "4", "--steps", "6"]
+    started = [sys.executable, "-m", "dbcap", "generate", *words, "--model", str(tiny_diffusion), *QUICK[2:]]
+    killed = subprocess.Popen([*started, "--out", "killed"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not Path("killed").is_dir() or len(list(Path("killed").glob("*.png"))) < 6:
+        assert killed.poll() is None, killed.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    left = len(list(Path("killed").glob("*.png")))
+    assert 6 <= left < 40
+    again = subprocess.run([*started, "--out", "killed"], check=True, capture_output=True, text=True)
+    assert len(again.stdout.splitlines()) == 40
+    assert f"{left} there already" in again.stderr or f"{left - 1} there already" in again.stderr
+    whole = subprocess.run([*started, "--out", "whole"], check=True, capture_output=True, text=True)
+    for one, two in zip(again.stdout.splitlines(), whole.stdout.splitlines(), strict=True):
+        assert Path(one).read_bytes() == Path(two).read_bytes()
