@@ -5,19 +5,19 @@ import pytest
 import torch
 
 from dbcap import Captioner
-from dbcap.captioning.failures import compiler_errors, memory_errors
 from dbcap.errors import DbcapError
+from dbcap.models.libraries import compiler_errors, memory_errors
 
 
 def test_torch_without_memory_is_one_line():
     with pytest.raises(DbcapError, match="not enough memory for 8 images x 4 beams") as caught:  # noqa: SIM117
-        with memory_errors(8, 4):
+        with memory_errors("8 images x 4 beams", "use a smaller --batch-size"):
             torch.empty(2**60)
     assert "smaller --batch-size" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("context", [lambda: memory_errors(1, 1), compiler_errors])
+@pytest.mark.parametrize("context", [lambda: memory_errors("it", "no"), compiler_errors])
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("memory")])
 def test_other_failures_are_left(context, error):
     with pytest.raises(type(error)) as caught, context():

@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from dbcap.captioning import captioner as models
 from dbcap.captioning import decoding
 from dbcap.captioning.decoding import Decoding
-from dbcap.captioning.failures import memory_errors
 from dbcap.captioning.feed import IMAGES, ImageLike, Item, batches, is_image, item_of, picture_of, prepare, stacked
 from dbcap.captioning.reading import Prepared, evenly
 from dbcap.captioning.run import image_seed
@@ -32,6 +31,7 @@ from dbcap.inputs import Source
 from dbcap.models import device as devices
 from dbcap.models import hub
 from dbcap.models.device import Choice
+from dbcap.models.libraries import memory_errors
 from dbcap.plugins import api as plugins
 from dbcap.plugins.api import Candidate
 
@@ -199,7 +199,8 @@ class Captioner:
                     pixels = stacked(good, rows)
                     seeds = [image_seed(config.seed, item.sha256) for item in good]
                     seeds += seeds[-1:] * (len(pixels) - len(seeds))
-                    with memory_errors(len(pixels), settled.num_beams, "batch_size"):
+                    what = f"{len(pixels)} images x {settled.num_beams} beams"
+                    with memory_errors(what, "use a smaller batch_size or fewer beams"):
                         found = self._captioner.generate(pixels, settled.as_dict(), seeds)
                     for _, candidates in zip(good, found, strict=False):  # rows beyond are repetitions
                         yield Caption(candidates[0].text, candidates[0].score, tuple(candidates))

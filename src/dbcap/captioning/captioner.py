@@ -18,15 +18,15 @@ from safetensors import SafetensorError, safe_open
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
-from dbcap.captioning.failures import compiler_errors, model_errors
-from dbcap.captioning.loading import Loaded, compile_encoder, foreign_settings, load_weights
+from dbcap.captioning.failures import model_errors
+from dbcap.captioning.loading import Loaded, foreign_settings, load_weights
 from dbcap.captioning.search import MIN_ROWS, Found, Special
 from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
 from dbcap.models.layout import choose_in
-from dbcap.models.libraries import clear_errors, quiet_libraries
+from dbcap.models.libraries import clear_errors, compile_module, compiler_errors, quiet_libraries
 from dbcap.models.mapped import MappedWeights
 from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFactory
 
@@ -105,7 +105,7 @@ class TransformersCaptioner:
         """Have torch.compile compile the encoder at its first use. Returns an empty string, or why that is not done."""
         if self._engine:
             return self._engine.compile()
-        compile_encoder(self._encoder())
+        compile_module(self._encoder())
         return ""
 
     @property

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbcap.captioning import records, sinks
-from dbcap.captioning.failures import memory_errors
 from dbcap.captioning.journal import Failure
 from dbcap.captioning.plan import Job, make_plan
 from dbcap.captioning.records import LINE_FORMATS
@@ -251,6 +250,8 @@ class _Run:
     def _records(self, good: Sequence[Prepared]) -> list[Record]:
         import numpy as np
 
+        from dbcap.models.libraries import memory_errors
+
         try:
             pixels = np.stack([item.pixels for item in good if item.pixels is not None])
         except ValueError as error:
@@ -262,7 +263,8 @@ class _Run:
         missing = self._batch_size - len(good)  # one shape for all batches of a run
         pixels = np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
         seeds += seeds[-1:] * missing
-        with memory_errors(len(pixels), self._decoding.num_beams):
+        what = f"{len(pixels)} images x {self._decoding.num_beams} beams"
+        with memory_errors(what, "use a smaller --batch-size or fewer beams"):
             found = self._captioner.generate(pixels, self._decoding.as_dict(), seeds)
         if len(found) != len(pixels):
             raise DbcapError(f"{self._config.model} gave {len(found)} captions for a batch of {len(pixels)} images")

@@ -211,7 +211,9 @@ class GenerateConfig(ComputeConfig):
     like: str | None = option(
         None, "Make the image in this file of dbcap's again, from what is written in it.", group=PROMPTS, metavar="FILE"
     )
-    expand: bool = option(False, "Make every combination of {alternatives|like|these}.", group=PROMPTS)
+    expand: bool = option(
+        False, "Make all combinations of alternatives: words in braces, with bars between.", group=PROMPTS
+    )
     negative: str = option("", "What the image shall not show.", group=PROMPTS)
     long_prompt: Literal["truncate", "chunk", "error"] = option(
         "truncate", "What to do with a prompt of more tokens than the model reads.", group=PROMPTS

@@ -27,6 +27,7 @@ from dbcap.generation.output import Printer
 from dbcap.generation.plan import Pictures, Planned
 from dbcap.inputs import shown
 from dbcap.models import device, families, hub
+from dbcap.models.libraries import compiler_errors, memory_errors
 from dbcap.models.pipelines import count_parameters
 
 if TYPE_CHECKING:
@@ -221,6 +222,9 @@ class _Run:
         self._encode_prompts()
         if self._config.low_memory:
             self._family.save_memory()
+        if self._config.compile:
+            self._events.say("torch.compile compiles the denoiser with the first step; that takes a while")
+            self._family.compile()
         self._out.mkdir(parents=True, exist_ok=True)
         total = sum(one.job.steps for one in missing)
         todo = {one.index for one in missing}
@@ -253,7 +257,10 @@ class _Run:
         wanted = {one.index: row for row, one in reversed(list(enumerate(batch))) if one.index in todo}
         if self._row is not None:
             wanted = {batch[0].index: self._row}
-        latents = self._denoise(batch, lambda: tracker.advance(len(wanted)))
+        job = batch[0].job
+        what = f"{len(batch)} images of {job.width}x{job.height}"
+        with memory_errors(what, "use --low-memory, a smaller --batch-size or smaller images"), compiler_errors():
+            latents = self._denoise(batch, lambda: tracker.advance(len(wanted)))
         seconds = (time.monotonic() - start) / len(wanted)
         for row in sorted(wanted.values()):
             if not torch.isfinite(latents[row]).all():

@@ -1,13 +1,15 @@
-"""transformers and diffusers without their talk, and with plain errors."""
+"""torch, transformers and diffusers without their talk, and with plain errors."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 
+import torch
 import transformers
 
 from dbcap.errors import DbcapError, ModelError
@@ -47,3 +49,37 @@ def quiet_libraries() -> Iterator[None]:
             log.enable_progress_bar()
         if of_diffusers:
             of_diffusers.setLevel(before)
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, hint: str) -> Iterator[None]:
+    """Turn a lack of memory, for which torch has a RuntimeError on CPU and GPU, into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
+            raise
+        raise DbcapError(
+            f"there is not enough memory for {what}",
+            hint,
+        ) from error
+
+
+def compile_module(module: torch.nn.Module) -> None:
+    """Have torch.compile compile a module at its first use."""
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    # Only so are the weights of a CPU packed. ViT-B, bfloat16, 8 images, 2 cores with AVX512-BF16: 412 -> 346 ms.
+    module.compile(options={"freezing": on_cpu})
+
+
+@contextlib.contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Turn a failure of torch.compile, of which there are as many as compilers, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "TorchDynamoException" not in {kind.__name__ for kind in type(error).__mro__}:  # do not load all of it
+            raise
+        raise DbcapError(
+            f"torch.compile failed: {str(error).strip().splitlines()[0]}", "go on without --compile"
+        ) from error

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from dbcap.captioning.engines import attention, decoders, packed
 from dbcap.captioning.engines.decoders import Layer
-from dbcap.captioning.loading import compile_encoder
 from dbcap.captioning.rules import Best, Ids
+from dbcap.models.libraries import compile_module
 from dbcap.models.mapped import trim
 
 ROOM = 32
@@ -59,7 +59,7 @@ class TorchEngine:
         if packed.can_pack(next(self._encoder.parameters())):
             # ViT-B, 8 images, 2 cores with AVX512-BF16: 332 ms packed, 385 to 418 ms compiled; float32 644, 1280 ms.
             return "on this CPU the engine's packed layers are faster than what torch.compile makes"
-        compile_encoder(self._encoder)
+        compile_module(self._encoder)
         return ""
 
     @torch.inference_mode()

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
 from dbcap.models import parts
+from dbcap.models.libraries import compile_module
 from dbcap.models.pipelines import IDENTITY
 
 if TYPE_CHECKING:
@@ -163,6 +164,10 @@ class StableDiffusion:
         dtype = torch.float32 if upcast else self.dtype
         model = parts.diffusers_model(AutoencoderKL, self.folder / "vae", self.name, dtype)
         return model.to(self.device, memory_format=torch.channels_last)
+
+    def compile(self) -> None:
+        """Have torch.compile compile the denoiser at its first use."""
+        compile_module(self.unet)
 
     def save_memory(self) -> None:
         """Decode in tiles and attend in slices: slower, and in less memory."""
