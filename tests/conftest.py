@@ -18,3 +18,19 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("there is no folder `shared` beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline of 32x32 pixels with random weights."""
+    from dbcap.testing.diffusion import write_diffusion  # it loads torch and diffusers
+
+    return write_diffusion(tmp_path_factory.mktemp("diffusion") / "sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of SDXL."""
+    from dbcap.testing.diffusion import write_diffusion  # it loads torch and diffusers
+
+    return write_diffusion(tmp_path_factory.mktemp("diffusion") / "xl", xl=True)

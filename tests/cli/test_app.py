@@ -103,7 +103,7 @@ def test_the_help_lists_every_command_with_its_line(cli):
     code, out, err = cli("--help")
     assert (code, err) == (0, "")
     for name, command in COMMANDS.items():
-        assert f"  {name:7}  {command.help}\n" in out
+        assert f"  {name:8}  {command.help}\n" in out
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -81,17 +81,44 @@ def test_pull_fetches_what_is_read_and_prints_the_folder(cli, server):
 
 
 def test_list_shows_plugins_models_and_the_hubs_cache(cli, server):
-    (starter,) = rows(cli("models", "list"))
-    assert starter[:2] == ["starter", "captioner"]
-    assert starter[4] == "plugin"
+    starters = rows(cli("models", "list"))
+    assert [starter[:2] for starter in starters] == [["starter", "captioner"], ["starter", "diffusion"]]
+    assert {starter[4] for starter in starters} == {"plugin"}
     cli("models", "pull", REPO)
-    (_, pulled) = rows(cli("models", "list"))
+    (*_, pulled) = rows(cli("models", "list"))
     assert pulled[:3] == [REPO, "captioner", server.commit(REPO)[:12]]
     assert pulled[4:] == ["hub cache", "main"]
     found = json.loads(cli("models", "list", "--json").out)
-    assert [model["model"] for model in found] == ["starter", REPO]
+    assert [model["model"] for model in found] == ["starter", "starter", REPO]
     assert found[0]["licence"]
-    assert found[1]["bytes"] > 10_000
+    assert found[1]["licence"]
+    assert found[2]["bytes"] > 10_000
+
+
+def test_a_pipeline_is_listed_shown_and_pulled_whole(cli, server, tiny_diffusion):
+    shutil.copytree(tiny_diffusion, server.repo("org/painter"), dirs_exist_ok=True)
+    commit = server.commit("org/painter")
+    found = json.loads(cli("models", "show", "org/painter", "--json").out)
+    assert (found["kind"], found["model_type"], found["revision"], found["cached"]) == (
+        "diffusion",
+        "StableDiffusionPipeline",
+        commit,
+        False,
+    )
+    sizes = {file["name"]: file["bytes"] for file in found["files"]}
+    assert sizes["unet/config.json"] == (tiny_diffusion / "unet/config.json").stat().st_size
+    assert found["bytes"] == sum(sizes.values())
+    code, out, err = cli("models", "pull", "org/painter")
+    assert (code, err.splitlines()[-1]) == (0, f"org/painter is ready, at revision {commit[:12]}")
+    pulled = Path(out.removesuffix("\n"))
+    assert {path.relative_to(pulled).as_posix() for path in pulled.rglob("*") if path.is_file()} == set(sizes)
+    (*_, listed) = rows(cli("models", "list"))
+    assert listed[:3] == ["org/painter", "diffusion", commit[:12]]
+    assert listed[4:] == ["hub cache", "main"]
+    server.stop()
+    assert cli("models", "pull", "org/painter", "--kind", "diffusion", "--offline").out == out
+    refused = cli("models", "pull", "org/painter", "--kind", "captioner", "--offline")
+    assert refused.code == 1
 
 
 def test_an_incomplete_captioner_is_called_so_and_another_model_is_not(cli, server):
@@ -99,7 +126,7 @@ def test_an_incomplete_captioner_is_called_so_and_another_model_is_not(cli, serv
 
     hf_hub_download(REPO, "config.json", endpoint=server.url)
     hf_hub_download("org/other", "config.json", endpoint=server.url)
-    (_, captioner, other) = rows(cli("models", "list"))
+    (captioner, other) = rows(cli("models", "list"))[2:]
     assert captioner[5] == "incomplete: `dbcap models pull` completes it"
     assert other[:2] == ["org/other", "unknown"]
     assert other[5] == "main"
@@ -119,6 +146,20 @@ def test_the_starter_model_needs_no_hub(cli):
     assert out.endswith("captioner\n")
     assert err.startswith("starter is ready, at revision ")
     assert json.loads(cli("models", "show", "starter", "--json").out)["licence"]
+
+
+def test_a_name_of_two_models(cli):
+    other = "starter is also the name of another model: --kind diffusion"
+    for verb in ("pull", "show"):
+        assert cli("models", verb, "starter").err.splitlines()[-1] == other
+        assert other not in cli("models", verb, "starter", "--kind", "captioner").err
+    found = json.loads(cli("models", "show", "starter", "--kind", "diffusion", "--json").out)
+    assert (found["kind"], found["model_type"], found["problem"]) == ("diffusion", "StableDiffusionPipeline", "")
+    assert found["bytes"] == sum(file["bytes"] for file in found["files"]) > 38_000_000
+    assert "unet/diffusion_pytorch_model.safetensors" in [file["name"] for file in found["files"]]
+    code, out, _ = cli("models", "pull", "starter", "--kind", "diffusion")
+    assert (code, out) == (0, f"{found['folder']}\n")
+    assert out.endswith("diffusion\n")
 
 
 def test_a_folder_can_be_looked_into(cli, tiny_captioner):

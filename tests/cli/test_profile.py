@@ -33,12 +33,23 @@ def test_the_life_of_a_profile(cli):
 def test_json(cli):
     cli("profile", "use", "starter")
     assert json.loads(cli("profile", "list", "--json").out) == [{"name": "starter", "active": True, "path": None}]
-    assert json.loads(cli("profile", "show", "starter", "--json").out) == {"caption.model": "starter"}
+    assert json.loads(cli("profile", "show", "starter", "--json").out) == {
+        "caption.model": "starter",
+        "generate.model": "starter",
+        "generate.steps": 20,
+        "generate.guidance": 3.0,
+    }
 
 
 def test_a_profile_from_another(cli):
     assert cli("profile", "create", "mine", "--from", "starter", "quiet=true").code == 0
-    assert cli("profile", "show", "mine").out == 'quiet = true\ncaption.model = "starter"\n'
+    assert cli("profile", "show", "mine").out.splitlines() == [
+        "quiet = true",
+        'caption.model = "starter"',
+        'generate.model = "starter"',
+        "generate.steps = 20",
+        "generate.guidance = 3.0",
+    ]
 
 
 def test_use_none(cli):

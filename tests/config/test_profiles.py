@@ -9,6 +9,7 @@ from dbcap.config.resolve import Given, active_profile, resolve
 from dbcap.errors import ConfigError, UsageError
 
 KEY = "caption.num_beams"
+STARTER = {"caption.model": "starter", "generate.model": "starter", "generate.steps": 20, "generate.guidance": 3.0}
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +19,7 @@ def _isolated(home, tmp_path, monkeypatch):
 
 def test_starter_comes_with_dbcap_and_points_every_command_at_the_starter_models():
     layer = profiles.load("starter", "named")
-    assert (layer.origin, layer.values) == ("profile starter (named)", {"caption.model": "starter"})
+    assert (layer.origin, layer.values) == ("profile starter (named)", STARTER)
     assert profiles.names() == ["starter"]
 
 
@@ -43,9 +44,9 @@ def test_an_empty_profile_can_be_created():
 
 def test_a_profile_begins_with_another():
     store.create_profile("offline", {"offline": "true"}, base="starter")
-    assert profiles.load("offline", "named").values == {"caption.model": "starter", "offline": True}
+    assert profiles.load("offline", "named").values == {**STARTER, "offline": True}
     store.create_profile("other", {"caption.model": "org/name"}, base="offline")
-    assert profiles.load("other", "named").values == {"caption.model": "org/name", "offline": True}
+    assert profiles.load("other", "named").values == {**STARTER, "caption.model": "org/name", "offline": True}
     with pytest.raises(ConfigError, match=r"there is no profile offlin; did you mean offline\?"):
         store.create_profile("third", {}, base="offlin")
 

@@ -60,6 +60,38 @@ VALUES = {
     "caption.existing": ("append", "append"),
     "caption.errors": ("errors.jsonl", "errors.jsonl"),
     "caption.on_error": ("stop", "stop"),
+    "generate.device": ("cuda:1", "cuda:1"),
+    "generate.dtype": ("float16", "float16"),
+    "generate.batch_size": ("auto", "auto"),
+    "generate.compile": ("true", True),
+    "generate.like": ("o/00000-1.png", "o/00000-1.png"),
+    "generate.expand": ("true", True),
+    "generate.negative": ("blurry, {bad|worse}", "blurry, {bad|worse}"),
+    "generate.long_prompt": ("chunk", "chunk"),
+    "generate.model": ("./my dog", "./my dog"),
+    "generate.low_memory": ("true", True),
+    "generate.num_images": ("8", 8),
+    "generate.seed": ("random", "random"),
+    "generate.scheduler": ("dpm++-karras", "dpm++-karras"),
+    "generate.steps": ("20", 20),
+    "generate.guidance": ("3", 3.0),
+    "generate.guidance_rescale": ("0.7", 0.7),
+    "generate.eta": ("1", 1.0),
+    "generate.width": ("512", 512),
+    "generate.height": ("768", 768),
+    "generate.init": ("photo.jpg", "photo.jpg"),
+    "generate.strength": ("0.5", 0.5),
+    "generate.mask": ("mask.png", "mask.png"),
+    "generate.out": ("/srv/pictures", "/srv/pictures"),
+    "generate.name": ("{prompt}-{seed:020d}", "{prompt}-{seed:020d}"),
+    "generate.image_format": ("webp", "webp"),
+    "generate.format": ("jsonl", "jsonl"),
+    "generate.grid": ("grid.png", "grid.png"),
+    "generate.existing": ("error", "error"),
+    "generate.lock": ("/tmp/lock", "/tmp/lock"),
+    "generate.dry_run": ("true", True),
+    "generate.max_time": ("1h30m", "1h30m"),
+    "generate.on_error": ("stop", "stop"),
 }
 
 FILE = """\
@@ -98,7 +130,7 @@ def test_all_keys_together_in_one_file(tmp_path):
     for key in reversed(VALUES):
         store.set_value(path, key, VALUES[key][0])
     assert from_file(path, "x").values == {key: value for key, (_, value) in VALUES.items()}
-    assert path.read_text().count("[caption]") == 1
+    assert [path.read_text().count(table) for table in ("[caption]", "[generate]")] == [1, 1]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

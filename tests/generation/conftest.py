@@ -13,18 +13,6 @@ from dbcap.testing.diffusion import write_diffusion
 
 
 @pytest.fixture(scope="session")
-def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion pipeline of 32x32 pixels with random weights."""
-    return write_diffusion(tmp_path_factory.mktemp("diffusion") / "sd")
-
-
-@pytest.fixture(scope="session")
-def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One of SDXL."""
-    return write_diffusion(tmp_path_factory.mktemp("diffusion") / "xl", xl=True)
-
-
-@pytest.fixture(scope="session")
 def tiny_inpainting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whose denoiser takes a mask."""
     return write_diffusion(tmp_path_factory.mktemp("diffusion") / "inpainting", inpaints=True)

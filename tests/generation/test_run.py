@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from dbcap.cli.app import run as command
 from dbcap.files import Lock
@@ -246,3 +248,32 @@ def test_a_killed_run_goes_on_to_the_same_images(generate, tiny_diffusion):
     whole = subprocess.run([*started, "--out", "whole"], check=True, capture_output=True, text=True)
     for one, two in zip(again.stdout.splitlines(), whole.stdout.splitlines(), strict=True):
         assert Path(one).read_bytes() == Path(two).read_bytes()
+
+
+def test_a_lora_makes_other_images_and_is_part_of_the_recipe(generate):
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    random = torch.Generator().manual_seed(0)
+    down, up = torch.randn(4, 64, generator=random), torch.randn(64, 4, generator=random)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, "l.safetensors")
+    _, plain, _ = generate("a dog")
+    code, full, _ = generate("a dog", "--lora", "l.safetensors")
+    assert code == 0
+    _, half, _ = generate("a dog", "--lora", "l.safetensors:0.5")
+    assert len({Path(lines[0]).read_bytes() for lines in (plain, full, half)}) == 3
+    assert generate("a dog", "--lora", "l.safetensors:1")[2].startswith("0 made, 1 there already")
+    code, again, _ = generate("--like", half[0], "--out", "again")
+    assert (code, Path(again[0]).read_bytes()) == (0, Path(half[0]).read_bytes())
+    save_file({f"{name}.lora_down.weight": up.T.contiguous(), f"{name}.lora_up.weight": up}, "l.safetensors")
+    code, _, err = generate("--like", half[0], "--out", "other")
+    assert code == 2
+    assert "a LoRA file is not what it was" in err
+    save_file({f"{name}.odd": down}, "odd.safetensors")
+    for words, said in (
+        ("odd.safetensors", "does not know what"),
+        ("missing.safetensors:2", "there is no file missing.safetensors"),
+        ("l.safetensors:much", "'much' is no scale"),
+    ):
+        code, lines, err = generate("a cat", "--lora", words)
+        assert (code, lines) == (2, [])
+        assert said in err
+        assert err.count("\n") == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -25,6 +25,12 @@ Spec = Annotated[
 ]
 
 
+Kind = Annotated[
+    Literal["captioner", "diffusion"] | None,
+    typer.Option("--kind", help="What it shall be; left out, what it is, of two the captioner.", show_default=False),
+]
+
+
 @app.command("list")
 @plain
 def list_(session: Session, as_json: Json = False) -> None:
@@ -44,7 +50,7 @@ def list_(session: Session, as_json: Json = False) -> None:
         for m in loader.models()
     ]
     for cached in hub.cached_models():
-        torn = cached.kind == "captioner" and not cached.complete
+        torn = cached.kind != "unknown" and not cached.complete
         note = "incomplete: `dbcap models pull` completes it" if torn else ", ".join(cached.refs)
         rows.append(
             {
@@ -71,34 +77,45 @@ def list_(session: Session, as_json: Json = False) -> None:
 
 @app.command()
 @plain
-def pull(session: Session, spec: Spec) -> None:
+def pull(session: Session, spec: Spec, kind: Kind = None) -> None:
     """Fetch what the loader reads of a model, and print the folder."""
     from dbcap.models import hub
 
     local = hub.locate(
         spec,
+        kind=kind,
         offline=session.common.offline,
         allow_pickle=session.common.allow_pickle,
         events=session.events,
         home=cache_dir(),
     )
     session.events.say(f"{spec} is ready, at revision {local.revision[:12]}")
+    _say_others(session, spec, kind)
     print_lines([str(local.folder)])
 
 
 @app.command()
 @plain
-def show(session: Session, spec: Spec, as_json: Json = False) -> None:
+def show(session: Session, spec: Spec, kind: Kind = None, as_json: Json = False) -> None:
     """Show a model's files, sizes, hashes, licence and kind. Its weights are not fetched."""
     from dbcap.models import hub
 
-    report = hub.inspect(spec, offline=session.common.offline, events=session.events, home=cache_dir())
+    report = hub.inspect(spec, kind=kind, offline=session.common.offline, events=session.events, home=cache_dir())
+    _say_others(session, spec, kind)
     if as_json:
         print_json(_as_dict(report))
         return
     facts = {key: value for key, value in _as_dict(report).items() if key != "files" and value not in ("", None)}
     print_table(spec, ("", ""), [(key, _words(value)) for key, value in facts.items()])
     print_table("Files", ("file", "size", "sha256"), [(f.name, in_units(f.size), f.sha256 or "") for f in report.files])
+
+
+def _say_others(session: Session, spec: str, kind: str | None) -> None:
+    """Say that a name has another model too, where none was asked for."""
+    from dbcap.models import hub
+
+    for other in hub.kinds(spec)[1:] if kind is None else ():
+        session.events.say(f"{spec} is also the name of another model: --kind {other}")
 
 
 def _words(value: object) -> str:

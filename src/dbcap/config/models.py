@@ -226,6 +226,12 @@ class GenerateConfig(ComputeConfig):
         group=COMPUTE,
         metavar="MODEL",
     )
+    lora: tuple[str, ...] = option(
+        (),
+        "Add a LoRA file to the model, with a scale (1 if none is given); may be repeated.",
+        group=COMPUTE,
+        metavar="FILE[:SCALE]",
+    )
     low_memory: bool = option(False, "Attend in slices and decode in tiles: slower, in less memory.", group=COMPUTE)
 
     num_images: Count = option(1, "Images for each prompt.", "-n", group=SAMPLING)
@@ -277,6 +283,7 @@ class GenerateConfig(ComputeConfig):
         metavar="TIME",
         pattern=DURATION,
         takes="a time such as 45s, 30m or 1h30m",
+        unset="until all are made",
     )
     on_error: Literal["skip", "stop"] = option("skip", "Go on after an image that failed, or stop.", group=OUTPUT)
 

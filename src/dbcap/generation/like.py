@@ -53,8 +53,8 @@ def read(path: str, config: GenerateConfig) -> tuple[Recipe, GenerateConfig]:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise UsageError(f"--like: what {name} says of itself is damaged: {why}") from error
-    pair = facts.get("init"), facts.get("mask")
-    return recipe, config.model_copy(update={**changes, "init": pair[0], "mask": pair[1], "num_images": 1})
+    files = {"init": facts.get("init"), "mask": facts.get("mask"), "lora": tuple(facts.get("lora", ()))}
+    return recipe, config.model_copy(update={**changes, **files, "num_images": 1})
 
 
 def _recipe(facts: dict[str, Any]) -> Recipe:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -13,10 +15,12 @@ from PIL import Image
 from dbcap.config.models import GenerateConfig
 from dbcap.errors import DbcapError, UsageError
 from dbcap.events import Events
+from dbcap.files import sha256_of
 from dbcap.generation import prompts, sampling, schedulers
 from dbcap.generation.jobs import MOST_SEED, Job
 from dbcap.generation.prompts import Request
 from dbcap.images import read
+from dbcap.inputs import shown
 
 if TYPE_CHECKING:
     from dbcap.models.families.sd import StableDiffusion
@@ -34,27 +38,41 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """The pictures that image to image begins with."""
+class Addition:
+    """A LoRA file and its scale."""
+
+    path: Path
+    scale: float
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{os.path.abspath(self.path)}:{self.scale:g}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """The files that the user gave: pictures to begin with and to paint in, and what is added to the model."""
 
     init: Image.Image | None = None
     init_hash: str = ""
     mask: Image.Image | None = None
     mask_hash: str = ""
+    additions: tuple[Addition, ...] = ()
 
 
-def read_pictures(config: GenerateConfig) -> Pictures:
-    """Read --init and --mask. Raises InputError, with its name, for what is no picture."""
+def read_given(config: GenerateConfig) -> Given:
+    """Read --init, --mask and --lora. Raises DbcapError, naming it, for a file that cannot be used."""
+    additions = tuple(_additions(config))
     if not config.init:
-        return Pictures()
+        return Given(additions=additions)
     init = _read(config.init)
     if not config.mask:
-        return Pictures(init.image, init.sha256)
+        return Given(init.image, init.sha256, additions=additions)
     mask = _read(config.mask)
     if mask.image.size != init.image.size:
         sizes = (f"{one.image.width}x{one.image.height}" for one in (mask, init))
         raise UsageError("--mask is {}, and --init {}".format(*sizes), "make them of one size")
-    return Pictures(init.image, init.sha256, mask.image, mask.sha256)
+    return Given(init.image, init.sha256, mask.image, mask.sha256, additions)
 
 
 def _read(name: str) -> Any:
@@ -62,6 +80,25 @@ def _read(name: str) -> Any:
         return read(name)
     except DbcapError as error:
         raise DbcapError(error.message if name in error.message else f"{name}: {error.message}", error.hint) from error
+
+
+def _additions(config: GenerateConfig) -> list[Addition]:
+    found = []
+    for text in config.lora:
+        name, colon, scale = text.rpartition(":")
+        if not colon or os.path.isfile(text):
+            name, scale = text, "1"
+        try:
+            value = float(scale)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UsageError(f"--lora {shown(text)}: {scale!r} is no scale", "write FILE:0.8, for example")
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"--lora: there is no file {shown(name)}", "check the path")
+        found.append(Addition(path, value, sha256_of(path)))
+    return found
 
 
 def first_seed(config: GenerateConfig) -> int:
@@ -76,7 +113,7 @@ def make(
     requests: Sequence[Request],
     family: StableDiffusion,
     revision: str,
-    pictures: Pictures,
+    given: Given,
     events: Events,
 ) -> list[Planned]:
     """Return all jobs, in order: for each prompt `num_images` seeds, counting up.
@@ -90,13 +127,15 @@ def make(
     planned: list[Planned] = []
     said: set[str] = set()
     for request in requests:
-        values = _values(config, request, family, pictures)
+        values = _values(config, request, family, given)
         if "seed" not in request.overrides:
             values["seed"] = seed
         last = values["seed"] + config.num_images - 1
         if last > MOST_SEED:
             raise UsageError(f"{request.where}: the last seed would be {last}", f"the largest is {MOST_SEED}")
-        job = Job(model=revision, init=pictures.init_hash, mask=pictures.mask_hash, **values)
+        values |= {"init": given.init_hash, "mask": given.mask_hash}
+        added = tuple((one.sha256, one.scale) for one in given.additions)
+        job = Job(model=revision, additions=added, **values)
         chunks = _chunks(job, request, family, config.long_prompt, events, said)
         for number in range(config.num_images):
             one = job if not number else Job(**{**vars(job), "seed": job.seed + number})
@@ -104,15 +143,23 @@ def make(
     return planned
 
 
-def repeated(job: Job, family: StableDiffusion, revision: str, pictures: Pictures, config: GenerateConfig) -> Planned:
+def repeated(
+    job: Job,
+    family: StableDiffusion,
+    revision: str,
+    given: Given,
+    config: GenerateConfig,
+) -> Planned:
     """Return the job of a picture as a plan. Raises UsageError where the model or a picture is another by now."""
     for what, now, then in (
         (f"the model {family.name}", revision, job.model),
-        (f"the picture {config.init}", pictures.init_hash, job.init),
-        (f"the mask {config.mask}", pictures.mask_hash, job.mask),
+        (f"the picture {config.init}", given.init_hash, job.init),
+        (f"the mask {config.mask}", given.mask_hash, job.mask),
     ):
         if now != then:
             raise UsageError(f"--like: {what} is not what it was", f"its hash was {then[:12]} and is {now[:12]}")
+    if tuple((one.sha256, one.scale) for one in given.additions) != job.additions:
+        raise UsageError("--like: a LoRA file is not what it was", f"they were {', '.join(config.lora)}")
     schedulers.known(None if job.scheduler == schedulers.OWN else job.scheduler)
     most = 1
     if job.long_prompt == "chunk":
@@ -130,10 +177,10 @@ def _expanded(config: GenerateConfig, requests: Sequence[Request]) -> list[Reque
     return [Request(text, one.where, one.overrides) for one in requests for text in prompts.expanded(one.prompt)]
 
 
-def _values(config: GenerateConfig, request: Request, family: StableDiffusion, pictures: Pictures) -> dict[str, Any]:
+def _values(config: GenerateConfig, request: Request, family: StableDiffusion, given: Given) -> dict[str, Any]:
     """Return what a request's jobs have in common, checked against the model."""
     over = request.overrides
-    own = pictures.init.size if pictures.init else (family.size, family.size)
+    own = given.init.size if given.init else (family.size, family.size)
     width = over.get("width") or config.width or _cut(own[0], family.factor)
     height = over.get("height") or config.height or _cut(own[1], family.factor)
     for name, size in (("width", width), ("height", height)):
@@ -144,7 +191,7 @@ def _values(config: GenerateConfig, request: Request, family: StableDiffusion, p
                 f"use {below} or {below + family.factor}" if below < size else f"use {below}",
             )
     steps = over.get("steps", config.steps)
-    if pictures.init and not sampling.kept_steps(steps, config.strength):
+    if given.init and not sampling.kept_steps(steps, config.strength):
         raise UsageError(
             f"{request.where}: a strength of {config.strength:g} leaves none of {steps} steps",
             f"the smallest that leaves one is {-(-10000 // steps) / 10000:g}",
@@ -165,7 +212,7 @@ def _values(config: GenerateConfig, request: Request, family: StableDiffusion, p
         "guidance_rescale": config.guidance_rescale,
         "eta": config.eta,
         "long_prompt": config.long_prompt,
-        "strength": config.strength if pictures.init else 1.0,
+        "strength": config.strength if given.init else 1.0,
         **({"seed": over["seed"]} if "seed" in over else {}),
     }
 

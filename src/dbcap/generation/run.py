@@ -24,7 +24,7 @@ from dbcap.files import Lock, open_atomic
 from dbcap.generation import jobs, like, pictures, plan, prompts, sampling, schedulers
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.output import Printer
-from dbcap.generation.plan import Pictures, Planned
+from dbcap.generation.plan import Given, Planned
 from dbcap.inputs import shown
 from dbcap.models import device, families, hub
 from dbcap.models.libraries import compiler_errors, memory_errors
@@ -79,7 +79,7 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
     if config.like:
         recipe, config = like.read(config.like, config)
     requests = prompts.read(config.prompts, getattr(sys.stdin, "buffer", None))
-    given = plan.read_pictures(config)
+    given = plan.read_given(config)
     local = hub.locate(
         config.model,
         kind="diffusion",
@@ -99,6 +99,8 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         events.detail(reason)
     torch.set_num_threads(choice.threads)
     family = families.load(local, choice.device, choice.dtype)
+    for one in given.additions:
+        family.add_lora(one.path, one.scale)
     if recipe:
         planned = [plan.repeated(recipe.job, family, local.revision, given, config)]
     else:
@@ -133,7 +135,7 @@ class _Run:
         family: StableDiffusion,
         choice: device.Choice,
         planned: Sequence[Planned],
-        given: Pictures,
+        given: Given,
         started: float,
         row: int | None,
     ) -> None:
@@ -316,6 +318,7 @@ class _Run:
             "row": row,
             **({"init": os.path.abspath(config.init)} if config.init else {}),
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
+            **({"lora": [str(one) for one in self._given.additions]} if config.lora else {}),
             "version": __version__,
         }
         text = pictures.parameters(job, self._family.name, job.scheduler, __version__)

@@ -15,14 +15,25 @@ from dbcap.errors import ModelError, did_you_mean
 from dbcap.events import Events
 from dbcap.models import pipelines, remote
 from dbcap.models.hashing import content_hash, fingerprint
-from dbcap.models.layout import CONFIG, Choice, Kind, choose, choose_in, file_names, kind_of, read_config, refuse_pickle
+from dbcap.models.layout import (
+    CONFIG,
+    PIPELINE,
+    Choice,
+    Kind,
+    choose,
+    choose_in,
+    file_names,
+    kind_of,
+    read_config,
+    refuse_pickle,
+)
 from dbcap.models.pipelines import PipelineFiles
 from dbcap.models.remote import HubOutOfReachError, ModelFile, RemoteModel
 from dbcap.models.specs import ModelSpec, named_or_folder, parse
 from dbcap.plugins import loader
 from dbcap.plugins.api import Model
 
-__all__ = ["CachedModel", "LocalModel", "ModelFile", "ModelReport", "cached_models", "inspect", "locate"]
+__all__ = ["CachedModel", "LocalModel", "ModelFile", "ModelReport", "cached_models", "inspect", "kinds", "locate"]
 
 _CHECK_SECONDS = 5.0
 """How long the hub may take to say whether a cached model has changed."""
@@ -69,7 +80,7 @@ class ModelReport:
     folder: Path | None
     """Where they are."""
     problem: str
-    """Why it cannot be loaded as a captioner; empty if it can."""
+    """Why it cannot be loaded; empty if it can."""
 
     @property
     def size(self) -> int:
@@ -89,31 +100,30 @@ class CachedModel:
     """Bytes on disk; files shared with another revision count for both."""
     kind: Kind
     complete: bool
-    """A captioner with all that is read, so that `--offline` works."""
+    """All that is read is there, so that `--offline` works."""
     folder: Path
 
 
 def locate(
-    text: str, *, kind: str = "captioner", offline: bool, allow_pickle: bool = True, events: Events, home: Path
+    text: str, *, kind: str | None = "captioner", offline: bool, allow_pickle: bool = True, events: Events, home: Path
 ) -> LocalModel:
     """Return the model that `text` names, fetched and converted if need be. `home` is dbcap's cache folder.
 
+    `kind` is what it must be; with None it is whichever it is, of several of a plugin the captioner.
     A commit that is cached, and anything with `offline`, asks nobody. A cached branch or tag is checked against the hub
     for a few seconds; if that does not answer, the cached one is used. Raises `UsageError` or `ModelError`.
     """
     spec = _parse(text)
     if spec.kind == "hub":
         folder, commit = _from_hub(spec, kind, offline or remote.forbidden(), allow_pickle, events)
-        choice = _LAYOUTS[kind](folder, spec.text)
-        revision, files = commit, tuple(remote.cached_file(folder / name) for name in choice.names)
+        choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
+        revision, files = commit, tuple(remote.cached_file(folder, name) for name in choice.names)
     else:
         folder = _own_folder(spec, kind)
-        choice = _LAYOUTS[kind](folder, spec.text)
+        choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
         _refuse_pickle(choice, spec.text, allow_pickle)
         memory = home / "hashes.json"
         revision, files = fingerprint(folder, choice.names, memory), _hashed(folder, choice.names, memory)
-    if isinstance(choice, PipelineFiles) and choice.pickled:
-        raise ModelError(f"{spec.text} has its weights in pickled files only", "choose a model with safetensors")
     if choice.pickled:
         from dbcap.models import weights  # it imports torch, which no other way through this file needs
 
@@ -129,13 +139,21 @@ def _parse(text: str) -> ModelSpec:
     return named_or_folder(spec, [model.name for model in loader.models()]) if spec.kind == "named" else spec
 
 
-def _named(spec: ModelSpec, kind: str) -> Model:
+def kinds(text: str) -> tuple[str, ...]:
+    """Return the kinds of model that plugins have under this name, the one that counts first. Raises `UsageError`."""
+    spec = _parse(text)
+    return tuple(sorted(model.kind for model in loader.models() if spec.kind == "named" and model.name == spec.name))
+
+
+def _named(spec: ModelSpec, kind: str | None) -> Model:
     models = loader.models()
-    for model in models:
-        if (model.name, model.kind) == (spec.name, kind):
+    found = sorted((model for model in models if model.name == spec.name), key=lambda model: model.kind)
+    for model in found:
+        if kind in (model.kind, None):
             return model
-    if any(model.name == spec.name for model in models):
-        raise ModelError(f"the model {spec.name} is no {kind}", "see `dbcap models list`")
+    if found:
+        what = "diffusion model" if kind == "diffusion" else kind
+        raise ModelError(f"the model {spec.name} is no {what}", "see `dbcap models list`")
     near = did_you_mean(spec.name, [model.name for model in models])
     raise ModelError(
         f"no installed plugin provides a model named {spec.name}",
@@ -143,7 +161,7 @@ def _named(spec: ModelSpec, kind: str) -> Model:
     )
 
 
-def _own_folder(spec: ModelSpec, kind: str) -> Path:
+def _own_folder(spec: ModelSpec, kind: str | None) -> Path:
     """Return the folder of a plugin's model, or the one that the user named."""
     if spec.path is not None:
         return spec.path.absolute()
@@ -160,7 +178,7 @@ def _hashed(folder: Path, names: Collection[str], memory: Path) -> tuple[ModelFi
 # ---- the hub
 
 
-def _from_hub(spec: ModelSpec, kind: str, offline: bool, allow_pickle: bool, events: Events) -> tuple[Path, str]:
+def _from_hub(spec: ModelSpec, kind: str | None, offline: bool, allow_pickle: bool, events: Events) -> tuple[Path, str]:
     """Return the folder of the snapshot and its commit."""
     cached = _cached(spec, kind)
     if cached and (offline or remote.COMMIT.fullmatch(spec.revision)):
@@ -179,7 +197,7 @@ def _from_hub(spec: ModelSpec, kind: str, offline: bool, allow_pickle: bool, eve
             events.warn(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
             return cached
         raise
-    choice = _CHOOSERS[kind](found.files, spec.text)
+    choice = _CHOOSERS[kind or _kind_of(found.files)](found.files, spec.text)
     _refuse_pickle(choice, spec.text, allow_pickle)
     return remote.fetch(spec.repo, spec.revision, found, choice.names, events, spec.text), found.commit
 
@@ -187,9 +205,19 @@ def _from_hub(spec: ModelSpec, kind: str, offline: bool, allow_pickle: bool, eve
 def _refuse_pickle(choice: Choice | PipelineFiles, where: str, allow_pickle: bool) -> None:
     if isinstance(choice, Choice):
         refuse_pickle(choice, where, allow_pickle)
+    else:
+        pipelines.refuse_pickle(choice, where)
 
 
-def _cached(spec: ModelSpec, kind: str = "captioner") -> tuple[Path, str] | None:
+def _kind_of(names: Collection[str]) -> str:
+    return "diffusion" if PIPELINE in names else "captioner"
+
+
+def _kind_in(folder: Path) -> str:
+    return _kind_of(file_names(folder))
+
+
+def _cached(spec: ModelSpec, kind: str | None) -> tuple[Path, str] | None:
     """Return the cached snapshot of a hub model and its commit, or None if it is not there or not whole."""
     commit = remote.cached_commit(spec.repo, spec.revision)
     folder = remote.snapshot_folder(spec.repo, commit) if commit else None
@@ -198,10 +226,10 @@ def _cached(spec: ModelSpec, kind: str = "captioner") -> tuple[Path, str] | None
     return folder, commit
 
 
-def _whole(folder: Path, kind: str = "captioner") -> bool:
+def _whole(folder: Path, kind: str | None = None) -> bool:
     """Return whether a snapshot has all that a model needs; other programs may have fetched a part only."""
     try:
-        return _LAYOUTS[kind](folder, str(folder)).complete
+        return _LAYOUTS[kind or _kind_in(folder)](folder, str(folder)).complete
     except ModelError:
         return False
 
@@ -215,35 +243,33 @@ def _absent(spec: ModelSpec, message: str) -> ModelError:
 # ---- reports
 
 
-def inspect(text: str, *, offline: bool, events: Events, home: Path) -> ModelReport:
+def inspect(text: str, *, kind: str | None = None, offline: bool, events: Events, home: Path) -> ModelReport:
     """Return what is known about a model without fetching its weights. Raises `UsageError` or `ModelError`.
 
-    Of a plugin's name that has several models the captioner is shown.
+    `kind` is what it shall be loaded as; with None it is whichever it is, of several of a plugin the captioner.
     """
     spec = _parse(text)
     if spec.kind == "folder" and spec.path is not None:
-        return _inspect_folder(spec, spec.path.absolute(), home / "hashes.json")
+        return _inspect_folder(spec, spec.path.absolute(), kind, home / "hashes.json")
     if spec.kind == "named":
-        model = min((one for one in loader.models() if one.name == spec.name), key=lambda one: one.kind, default=None)
-        model = model or _named(spec, "captioner")
-        report = _inspect_folder(spec, _own_folder(spec, model.kind), home / "hashes.json")
+        model = _named(spec, kind)
+        report = _inspect_folder(spec, _own_folder(spec, model.kind), model.kind, home / "hashes.json")
         return replace(report, licence=model.licence or report.licence, description=model.description)
-    return _inspect_hub(spec, offline or remote.forbidden(), events)
+    return _inspect_hub(spec, kind, offline or remote.forbidden(), events)
 
 
-def _inspect_folder(spec: ModelSpec, folder: Path, memory: Path) -> ModelReport:
+def _inspect_folder(spec: ModelSpec, folder: Path, kind: str | None, memory: Path) -> ModelReport:
     choice, problem = None, ""
     try:
-        choice = choose_in(folder, spec.text)
+        choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
         names, revision = choice.names, fingerprint(folder, choice.names, memory)
     except ModelError as error:
         problem, revision = error.message, ""
         names = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
-    config = read_config(folder)
     return ModelReport(
         spec=spec,
-        kind=kind_of(config, file_names(folder)),
-        model_type=_model_type(config),
+        kind=kind_of(read_config(folder), file_names(folder)),
+        model_type=_model_type(folder),
         revision=revision,
         files=_hashed(folder, names, memory),
         licence=_licence(folder),
@@ -255,8 +281,8 @@ def _inspect_folder(spec: ModelSpec, folder: Path, memory: Path) -> ModelReport:
     )
 
 
-def _inspect_hub(spec: ModelSpec, offline: bool, events: Events) -> ModelReport:
-    cached = _cached(spec)
+def _inspect_hub(spec: ModelSpec, kind: str | None, offline: bool, events: Events) -> ModelReport:
+    cached = _cached(spec, kind)
     message = f"{spec.text} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to ask the hub"
     if not offline:
         try:
@@ -265,18 +291,17 @@ def _inspect_hub(spec: ModelSpec, offline: bool, events: Events) -> ModelReport:
             message = f"{error.message}, and {spec.text} is not in the cache"
             events.detail(f"{error.message}: showing what is in the cache")
         else:
-            return _inspect_remote(spec, found, events)
+            return _inspect_remote(spec, kind, found, events)
     if not cached:
         raise _absent(spec, message)
     folder, commit = cached
-    choice = choose_in(folder, spec.text)
-    config = read_config(folder)
+    choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
     return ModelReport(
         spec=spec,
-        kind=kind_of(config, file_names(folder)),
-        model_type=_model_type(config),
+        kind=kind_of(read_config(folder), file_names(folder)),
+        model_type=_model_type(folder),
         revision=commit,
-        files=tuple(remote.cached_file(folder / name) for name in choice.names),
+        files=tuple(remote.cached_file(folder, name) for name in choice.names),
         licence=_licence(folder),
         description="",
         pickled=choice.pickled,
@@ -286,23 +311,26 @@ def _inspect_hub(spec: ModelSpec, offline: bool, events: Events) -> ModelReport:
     )
 
 
-def _inspect_remote(spec: ModelSpec, found: RemoteModel, events: Events) -> ModelReport:
+def _inspect_remote(spec: ModelSpec, kind: str | None, found: RemoteModel, events: Events) -> ModelReport:
     folder = remote.snapshot_folder(spec.repo, found.commit)
     choice, problem = None, ""
     try:
-        choice = choose(found.files, spec.text)
+        choice = _CHOOSERS[kind or _kind_of(found.files)](found.files, spec.text)
     except ModelError as error:
         problem = error.message
     names = choice.names if choice else tuple(sorted(found.files))
     files = remote.sized(spec.repo, found.commit, [found.files[name] for name in names], events)
     config: Mapping[str, Any] | None = found.config
-    if CONFIG in found.files and not _model_type(config):  # a mirror that tells less than the hub
-        config = read_config(remote.small_file(spec.repo, found.commit, CONFIG, events).parent)
+    model_type = str((config or {}).get("model_type") or "")
+    told = PIPELINE if PIPELINE in found.files else CONFIG
+    if told in found.files and not model_type:  # a pipeline, or a mirror that tells less than the hub
+        here = remote.small_file(spec.repo, found.commit, told, events).parent
+        config, model_type = read_config(here), _model_type(here)
     cached = choice is not None and all((folder / name).is_file() for name in names)
     return ModelReport(
         spec=spec,
         kind=kind_of(config, found.files),
-        model_type=_model_type(config),
+        model_type=model_type,
         revision=found.commit,
         files=files,
         licence=found.licence,
@@ -314,8 +342,11 @@ def _inspect_remote(spec: ModelSpec, found: RemoteModel, events: Events) -> Mode
     )
 
 
-def _model_type(config: Mapping[str, Any] | None) -> str:
-    return str((config or {}).get("model_type") or "")
+def _model_type(folder: Path) -> str:
+    """Return what transformers or diffusers call it, or an empty string."""
+    if _kind_in(folder) == "diffusion":
+        return pipelines.class_name(folder)
+    return str((read_config(folder) or {}).get("model_type") or "")
 
 
 def _licence(folder: Path) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbcap.errors import ModelError
@@ -48,8 +49,13 @@ class PipelineFiles:
 
     @property
     def complete(self) -> bool:
-        """Whether a vocabulary is among them; nothing can be said to a model without."""
-        return any(name.startswith("tokenizer/") and name.endswith((".json", "merges.txt")) for name in self.small)
+        """Whether every part has its configuration and every text encoder a vocabulary; no loader does without."""
+        configured = all(f"{part}/{CONFIG}" in self.small for part in self.weights)
+        return configured and all(
+            any(f"{tokenizer}/{name}" in self.small for name in ("tokenizer.json", "vocab.json"))
+            for tokenizer, encoder in zip(_TOKENIZERS, ("text_encoder", "text_encoder_2"), strict=True)
+            if encoder in self.weights
+        )
 
 
 def choose(names: Collection[str], where: str, *, safety: bool = False) -> PipelineFiles:
@@ -71,7 +77,7 @@ def choose(names: Collection[str], where: str, *, safety: bool = False) -> Pipel
         found = _weights(part, names)
         if found:
             weights[part] = found
-        elif part in _NEEDED:
+        elif part in _NEEDED or f"{part}/{CONFIG}" in names:
             raise ModelError(f"{where} has no weights that dbcap reads for its {part}", "choose another --model")
     pickled = any(name.endswith((".bin", ".bin.index.json")) for files in weights.values() for name in files)
     return PipelineFiles(tuple(small), weights, pickled)
@@ -95,20 +101,47 @@ def choose_in(folder: Path, where: str, *, safety: bool = False) -> PipelineFile
     """Return which files of `folder` are read; every shard that an index names must be there."""
     names = {path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()}
     choice = choose(names, where, safety=safety)
+    weights = {}
     for part, files in choice.weights.items():
-        if files[0].endswith(".index.json"):
-            for shard in shards(folder / files[0]):
-                if f"{part}/{shard}" not in names:
-                    raise ModelError(
-                        f"{where} has no {part}/{shard}, which {files[0]} names", "fetch or copy the model again"
-                    )
-    return choice
+        weights[part] = _indexed(folder, part, files)
+        for name in weights[part]:
+            if name not in names:
+                raise ModelError(f"{where} has no {name}, which {files[0]} names", "fetch or copy the model again")
+    return replace(choice, weights=weights)
+
+
+def _indexed(folder: Path, part: str, files: tuple[str, ...]) -> tuple[str, ...]:
+    """Return an index and exactly the shards that it names; a lone file as it is."""
+    if not files[0].endswith(".index.json"):
+        return files
+    return (files[0], *(f"{part}/{shard}" for shard in shards(folder / files[0])))
+
+
+def refuse_pickle(choice: PipelineFiles, where: str) -> None:
+    """Raise `ModelError` for weights that exist as a pickled file only."""
+    for part, files in choice.weights.items():
+        if files[0].endswith((".bin", ".bin.index.json")):
+            raise ModelError(
+                f"{where} has the weights of its {part} in a pickled file only ({files[0]})",
+                "choose a model with safetensors",
+            )
+
+
+def class_name(folder: Path) -> str:
+    """Return the class that `model_index.json` names. Raises `ModelError` if it is no JSON object."""
+    path = folder / PIPELINE
+    try:
+        return str(json.loads(path.read_bytes()).get("_class_name") or "")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
 
 
 def weight_files(part: Path) -> list[Path]:
     """Return the safetensors files in the folder of one part, in no order that matters."""
     found = _weights(part.name, {f"{part.name}/{path.name}" for path in part.iterdir() if path.is_file()})
-    return [part.parent / name for name in found if not name.endswith(".index.json")]
+    if not found or found[0].endswith((".bin", ".bin.index.json")):
+        raise ModelError(f"{part} has no weights in safetensors files", "fetch or copy the model again")
+    return [part.parent / name for name in _indexed(part.parent, part.name, found) if not name.endswith(".index.json")]
 
 
 def count_parameters(folder: Path) -> int:

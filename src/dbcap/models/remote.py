@@ -113,10 +113,10 @@ def snapshot_folder(repo: str, commit: str) -> Path:
     return _repo_folder(repo) / "snapshots" / commit
 
 
-def cached_file(path: Path) -> ModelFile:
+def cached_file(folder: Path, name: str) -> ModelFile:
     """Describe one file of a snapshot: blobs of large files are named by their hash."""
-    blob = path.resolve()
-    return ModelFile(path.name, blob.stat().st_size, blob.name if _SHA256.fullmatch(blob.name) else None)
+    blob = (folder / name).resolve()
+    return ModelFile(name, blob.stat().st_size, blob.name if _SHA256.fullmatch(blob.name) else None)
 
 
 # ---- asking

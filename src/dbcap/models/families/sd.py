@@ -6,14 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
-from dbcap.models import parts
+from dbcap.models import lora, parts
 from dbcap.models.libraries import compile_module
+from dbcap.models.lora import Lora
 from dbcap.models.pipelines import IDENTITY
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class StableDiffusion:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.folder = local.folder
         self._encoders: list[Any] | None = None
+        self._loras: list[Lora] = []
 
     # ---- what it is
 
@@ -85,6 +88,11 @@ class StableDiffusion:
     def inpaints(self) -> bool:
         """Whether the denoiser itself takes a mask and the masked image."""
         return int(self._unet_config["in_channels"]) == 2 * self.latent_channels + 1
+
+    def add_lora(self, path: Path, scale: float) -> None:
+        """Take a LoRA file, before a part is loaded. Raises UsageError for one that does not fit."""
+        has = {"unet": True, **{encoder: True for _, encoder, _ in self.text_parts}}
+        self._loras.append(lora.read(path, scale, has))
 
     # ---- text
 
@@ -138,10 +146,12 @@ class StableDiffusion:
 
     def _text_encoders(self) -> list[Any]:
         if self._encoders is None:
-            self._encoders = [
-                parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype).to(self.device)
-                for _, encoder, kind in self.text_parts
-            ]
+            self._encoders = []
+            for _, encoder, kind in self.text_parts:
+                model = parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype).to(self.device)
+                for one in self._loras:
+                    one.merge(encoder, model)
+                self._encoders.append(model)
         return self._encoders
 
     def release_text(self) -> None:
@@ -155,7 +165,10 @@ class StableDiffusion:
     def unet(self) -> Any:
         """The denoiser."""
         model = parts.diffusers_model(UNet2DConditionModel, self.folder / "unet", self.name, self.dtype)
-        return model.to(self.device, memory_format=torch.channels_last)
+        model = model.to(self.device, memory_format=torch.channels_last)
+        for one in self._loras:
+            one.merge("unet", model)
+        return model
 
     @cached_property
     def vae(self) -> Any:
