@@ -20,7 +20,7 @@ def step(title: str, *words: str) -> None:
 
 
 def main() -> None:
-    """Caption the shipped samples in the ways that people need most."""
+    """Caption the shipped samples in the ways that people need most, then make pictures and caption those."""
     images = sorted(path.name for path in SAMPLES.glob("*.png"))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "captions.jsonl"
@@ -38,9 +38,13 @@ def main() -> None:
             "jsonl",
         )
         step("A folder into a file", "caption", ".", "--profile", "starter", "-f", "jsonl", "-o", str(output))
-        print(
-            f"\n{len(output.read_text().splitlines())} captions in {output.name}; `dbcap caption --help` has the rest."
-        )
+        print(f"\n{len(output.read_text().splitlines())} captions in {output.name}")
+        out = str(Path(folder) / "outputs")
+        prompt = "a 3d render of a red apple on a blue background"
+        step("Images from a prompt", "generate", prompt, "--profile", "starter", "-n", "4", "--seed", "1", "-o", out)
+        step("What the captioner sees in them", "caption", out, "--profile", "starter")
+        step("Made already", "generate", prompt, "--profile", "starter", "-n", "4", "--seed", "1", "-o", out)
+    print("\n`dbcap caption --help` and `dbcap generate --help` have the rest.")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ VALUES = {
     "generate.negative": ("blurry, {bad|worse}", "blurry, {bad|worse}"),
     "generate.long_prompt": ("chunk", "chunk"),
     "generate.model": ("./my dog", "./my dog"),
+    "generate.lora": ('["a.safetensors:0.5", "b c.safetensors"]', ("a.safetensors:0.5", "b c.safetensors")),
     "generate.low_memory": ("true", True),
     "generate.num_images": ("8", 8),
     "generate.seed": ("random", "random"),

@@ -266,7 +266,7 @@ def test_a_lora_makes_other_images_and_is_part_of_the_recipe(generate):
     save_file({f"{name}.lora_down.weight": up.T.contiguous(), f"{name}.lora_up.weight": up}, "l.safetensors")
     code, _, err = generate("--like", half[0], "--out", "other")
     assert code == 2
-    assert "a LoRA file is not what it was" in err
+    assert "a LoRA or embedding file is not what it was" in err
     save_file({f"{name}.odd": down}, "odd.safetensors")
     for words, said in (
         ("odd.safetensors", "does not know what"),

@@ -232,6 +232,12 @@ class GenerateConfig(ComputeConfig):
         group=COMPUTE,
         metavar="FILE[:SCALE]",
     )
+    embedding: tuple[str, ...] = option(
+        (),
+        "Teach the model the word of a textual inversion file; may be repeated.",
+        group=COMPUTE,
+        metavar="FILE",
+    )
     low_memory: bool = option(False, "Attend in slices and decode in tiles: slower, in less memory.", group=COMPUTE)
 
     num_images: Count = option(1, "Images for each prompt.", "-n", group=SAMPLING)

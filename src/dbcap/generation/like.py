@@ -54,6 +54,7 @@ def read(path: str, config: GenerateConfig) -> tuple[Recipe, GenerateConfig]:
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise UsageError(f"--like: what {name} says of itself is damaged: {why}") from error
     files = {"init": facts.get("init"), "mask": facts.get("mask"), "lora": tuple(facts.get("lora", ()))}
+    files["embedding"] = tuple(facts.get("embedding", ()))
     return recipe, config.model_copy(update={**changes, **files, "num_images": 1})
 
 

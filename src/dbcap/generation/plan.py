@@ -39,14 +39,17 @@ class Planned:
 
 @dataclass(frozen=True)
 class Addition:
-    """A LoRA file and its scale."""
+    """A LoRA file and its scale, or an embedding file."""
 
     path: Path
     scale: float
     sha256: str
+    embedding: bool = False
 
     def __str__(self) -> str:
-        return f"{os.path.abspath(self.path)}:{self.scale:g}"
+        """Return what the option takes."""
+        path = os.path.abspath(self.path)
+        return path if self.embedding else f"{path}:{self.scale!r}"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Given:
 
 def read_given(config: GenerateConfig) -> Given:
     """Read --init, --mask and --lora. Raises DbcapError, naming it, for a file that cannot be used."""
-    additions = tuple(_additions(config))
+    additions = (*_loras(config), *_embeddings(config))
     if not config.init:
         return Given(additions=additions)
     init = _read(config.init)
@@ -82,7 +85,7 @@ def _read(name: str) -> Any:
         raise DbcapError(error.message if name in error.message else f"{name}: {error.message}", error.hint) from error
 
 
-def _additions(config: GenerateConfig) -> list[Addition]:
+def _loras(config: GenerateConfig) -> list[Addition]:
     found = []
     for text in config.lora:
         name, colon, scale = text.rpartition(":")
@@ -98,6 +101,15 @@ def _additions(config: GenerateConfig) -> list[Addition]:
         if not path.is_file():
             raise UsageError(f"--lora: there is no file {shown(name)}", "check the path")
         found.append(Addition(path, value, sha256_of(path)))
+    return found
+
+
+def _embeddings(config: GenerateConfig) -> list[Addition]:
+    found = []
+    for name in config.embedding:
+        if not os.path.isfile(name):
+            raise UsageError(f"--embedding: there is no file {shown(name)}", "check the path")
+        found.append(Addition(Path(name), 1.0, sha256_of(Path(name)), embedding=True))
     return found
 
 
@@ -159,7 +171,8 @@ def repeated(
         if now != then:
             raise UsageError(f"--like: {what} is not what it was", f"its hash was {then[:12]} and is {now[:12]}")
     if tuple((one.sha256, one.scale) for one in given.additions) != job.additions:
-        raise UsageError("--like: a LoRA file is not what it was", f"they were {', '.join(config.lora)}")
+        names = ", ".join((*config.lora, *config.embedding))
+        raise UsageError("--like: a LoRA or embedding file is not what it was", f"they were {names}")
     schedulers.known(None if job.scheduler == schedulers.OWN else job.scheduler)
     most = 1
     if job.long_prompt == "chunk":
@@ -196,9 +209,9 @@ def _values(config: GenerateConfig, request: Request, family: StableDiffusion, g
             f"{request.where}: a strength of {config.strength:g} leaves none of {steps} steps",
             f"the smallest that leaves one is {-(-10000 // steps) / 10000:g}",
         )
-    identifier, class_word = family.identity
+    words = family.identity
     filled = [
-        prompts.filled(text, identifier, class_word, request.where, family.name)
+        prompts.filled(text, words.identifier, words.class_word, request.where, family.name)
         for text in (request.prompt, over.get("negative", config.negative))
     ]
     return {

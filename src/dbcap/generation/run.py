@@ -100,7 +100,10 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
     torch.set_num_threads(choice.threads)
     family = families.load(local, choice.device, choice.dtype)
     for one in given.additions:
-        family.add_lora(one.path, one.scale)
+        if one.embedding:
+            family.add_embedding(one.path)
+        else:
+            family.add_lora(one.path, one.scale)
     if recipe:
         planned = [plan.repeated(recipe.job, family, local.revision, given, config)]
     else:
@@ -318,7 +321,8 @@ class _Run:
             "row": row,
             **({"init": os.path.abspath(config.init)} if config.init else {}),
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
-            **({"lora": [str(one) for one in self._given.additions]} if config.lora else {}),
+            "lora": [str(one) for one in self._given.additions if not one.embedding],
+            "embedding": [str(one) for one in self._given.additions if one.embedding],
             "version": __version__,
         }
         text = pictures.parameters(job, self._family.name, job.scheduler, __version__)

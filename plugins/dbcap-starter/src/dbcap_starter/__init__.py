@@ -1,4 +1,4 @@
-"""The starter models of dbcap, and pictures for it."""
+"""The starter models of dbcap, and pictures for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HERE = Path(__file__).parent
 
 
 class Starter(Plugin):
-    """Gives the model name `starter`."""
+    """Gives the name `starter` to a captioner and to a diffusion model."""
 
     api_version = 1
 

@@ -13,10 +13,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoTokenizer, CLIPTextModel
 
-from dbcap.models import lora, parts
+from dbcap.models import embeddings, identity, lora, parts
+from dbcap.models.embeddings import Embedding
+from dbcap.models.identity import Identity
 from dbcap.models.libraries import compile_module
 from dbcap.models.lora import Lora
-from dbcap.models.pipelines import IDENTITY
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -44,6 +45,7 @@ class StableDiffusion:
         self.folder = local.folder
         self._encoders: list[Any] | None = None
         self._loras: list[Lora] = []
+        self._embeddings: list[Embedding] = []
 
     # ---- what it is
 
@@ -63,11 +65,11 @@ class StableDiffusion:
         return config
 
     @cached_property
-    def identity(self) -> tuple[str | None, str | None]:
-        """The identifier and the class word of a model that dbcap trained."""
-        path = self.folder / IDENTITY
-        said = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return said.get("identifier"), said.get("class")
+    def identity(self) -> Identity:
+        """The identifier and the class word of a model, LoRA or embedding that dbcap trained."""
+        files = [*(one.path for one in self._loras), *(one.path for one in self._embeddings)]
+        said = [(self.name, identity.of_folder(self.folder))]
+        return identity.agreed([*said, *((str(path), identity.of_header(path)) for path in files)])
 
     @property
     def factor(self) -> int:
@@ -94,6 +96,13 @@ class StableDiffusion:
         has = {"unet": True, **{encoder: True for _, encoder, _ in self.text_parts}}
         self._loras.append(lora.read(path, scale, has))
 
+    def add_embedding(self, path: Path) -> None:
+        """Take a file with a new word, before a part is loaded. Raises UsageError for one that does not fit."""
+        one = embeddings.read(path, len(self.text_parts))
+        for tokenizer in self.tokenizers:
+            one.teach(tokenizer)
+        self._embeddings.append(one)
+
     # ---- text
 
     @cached_property
@@ -112,7 +121,12 @@ class StableDiffusion:
 
     def tokens(self, text: str) -> list[int]:
         """Return the tokens of a prompt without its marks, however many."""
-        ids: list[int] = self.tokenizers[0](text, add_special_tokens=False).input_ids
+        return self._ids(self.tokenizers[0], text)
+
+    def _ids(self, tokenizer: Any, text: str) -> list[int]:
+        for one in self._embeddings:
+            text = one.written_out(text)
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
     def text_of(self, tokens: Sequence[int]) -> str:
@@ -135,7 +149,7 @@ class StableDiffusion:
     def _states(self, tokenizer: Any, encoder: Any, text: str, chunks: int, choose: Any) -> tuple[torch.Tensor, Any]:
         """Return the states (chunks x length, C) that `choose` takes out of the encoder's output, and the output."""
         length = int(tokenizer.model_max_length)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = self._ids(tokenizer, text)
         start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         rows = []
         for number in range(chunks):
@@ -151,6 +165,9 @@ class StableDiffusion:
                 model = parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype).to(self.device)
                 for one in self._loras:
                     one.merge(encoder, model)
+                for new in self._embeddings:
+                    place = len(self._encoders)
+                    new.give(place, self.tokenizers[place], model)
                 self._encoders.append(model)
         return self._encoders
 
