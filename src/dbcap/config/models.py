@@ -276,6 +276,7 @@ class GenerateConfig(ComputeConfig):
     format: Literal["paths", "jsonl"] = option(
         "paths", "What to print for each image: its path, or all about it.", "-f", group=OUTPUT
     )
+    show: bool = option(False, "Show each image in a terminal that can (iTerm2, WezTerm, kitty ...).", group=OUTPUT)
     grid: str | None = option(None, "Write all images of this run side by side.", group=OUTPUT, metavar="FILE")
     existing: Literal["skip", "overwrite", "error"] = option(
         "skip", "What to do with images that are there already.", group=OUTPUT

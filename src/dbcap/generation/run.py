@@ -21,7 +21,7 @@ from dbcap.config.paths import cache_dir
 from dbcap.errors import OK, OUT_OF_TIME, PARTIAL, SIGINT, DbcapError, Interrupted, UsageError
 from dbcap.events import Events, Tracker
 from dbcap.files import Lock, open_atomic
-from dbcap.generation import jobs, like, pictures, plan, prompts, sampling, schedulers
+from dbcap.generation import jobs, like, pictures, plan, prompts, sampling, schedulers, show
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.output import Printer
 from dbcap.generation.plan import Given, Planned
@@ -150,6 +150,9 @@ class _Run:
         self._deadline = started + plan.seconds_of(config.max_time) if config.max_time else None
         self._batch_size = self._size_of_batches()
         self._made = self._failed = 0
+        self._shows = show.protocol(os.environ, sys.stderr is not None and sys.stderr.isatty()) if config.show else ""
+        if config.show and not self._shows:
+            events.say("--show: this is no terminal that is known to show images")
         self._conditions: dict[tuple[str, int, tuple[int, int]], Condition] = {}
 
     def run(self) -> GenerateReport:
@@ -338,6 +341,9 @@ class _Run:
                 f"cannot write {shown(str(path))}: {why}", "make room; the same command goes on"
             ) from error
         self._made += 1
+        if self._shows:
+            sys.stderr.write(show.sequence(Image.fromarray(pixels), self._shows))
+            sys.stderr.flush()
         self._printer.made(one, path, {**facts, "seconds": round(seconds, 3)})
 
     def _file_name(self, one: Planned) -> str:
