@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -34,3 +37,15 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dbcap.testing.diffusion import write_diffusion  # it loads torch and diffusers
 
     return write_diffusion(tmp_path_factory.mktemp("diffusion") / "xl", xl=True)
+
+
+@pytest.fixture(scope="session")
+def family() -> Callable[..., Any]:
+    """Return a function that loads a folder's family object."""
+    from dbcap.models.families import load
+
+    def call(folder: Path, dtype: str = "float32") -> Any:
+        local: Any = SimpleNamespace(spec=SimpleNamespace(text=folder.name), folder=folder)
+        return load(local, "cpu", dtype)
+
+    return call

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dbcap.config.paths import cache_dir
 
@@ -203,3 +204,14 @@ def test_a_pickled_model_is_converted_into_the_cache_unless_that_is_forbidden(cl
     assert out.startswith(str(cache_dir()))
     assert "pickle" in err
     assert rows(cli("cache", "info"))
+
+
+def test_one_kind_given_to_the_command_of_the_other_is_one_line(cli, tiny_captioner, tiny_diffusion, tmp_path):
+    made = cli("generate", "a cat", "--model", str(tiny_captioner), "--out", str(tmp_path / "out"))
+    assert (made.code, made.out) == (1, "")
+    assert made.error == f"{tiny_captioner} is a captioner, no diffusion pipeline; choose another --model"
+    assert not (tmp_path / "out").exists()
+    Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
+    captioned = cli("caption", str(tmp_path / "image.png"), "--model", str(tiny_diffusion))
+    assert captioned.code == 1
+    assert captioned.error == f"{tiny_diffusion} is a diffusion pipeline, no captioner; choose another --model"

@@ -64,7 +64,11 @@ def test_kinds():
     assert fields.is_switch(FIELDS["quiet"])
     assert fields.is_switch(FIELDS["caption.with_filename"])
     assert not fields.is_switch(FIELDS["caption.seed"])
-    assert [key for key, field in FIELDS.items() if fields.is_list(field)] == ["caption.replace", "generate.lora"]
+    assert [key for key, field in FIELDS.items() if fields.is_list(field)] == [
+        "caption.replace",
+        "generate.lora",
+        "generate.embedding",
+    ]
     assert fields.choices(FIELDS["caption.batch_size"]) == ("auto",)
 
 

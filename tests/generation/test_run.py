@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -277,3 +278,17 @@ def test_a_lora_makes_other_images_and_is_part_of_the_recipe(generate):
         assert (code, lines) == (2, [])
         assert said in err
         assert err.count("\n") == 1
+
+
+def test_what_goes_on_after_a_random_seed_is_named(generate):
+    code, _, err = generate("a dog", "-n", "2", "--seed", "random", "--max-time", "0s")
+    assert code == 5
+    seed = re.search(r"the same command with --seed (\d+) goes on", err)[1]
+    _, lines, _ = generate("a dog", "-n", "2", "--seed", seed)
+    assert [facts_of(Path(line))["job"]["seed"] for line in lines] == [int(seed), int(seed) + 1]
+
+
+def test_a_prompt_that_becomes_empty_is_named(generate):
+    code, lines, err = generate("{a dog|}", "--expand")
+    assert (code, lines) == (2, [])
+    assert "prompt 1: the prompt is empty" in err

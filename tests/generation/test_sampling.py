@@ -88,7 +88,7 @@ def test_image_to_image_is_that_of_the_pipeline(family, tiny_diffusion, monkeypa
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = schedulers.make("ddim", one.scheduler_config)
     # It draws from the distribution that the encoder gives, dbcap takes the mean: let it take the mean as well.
-    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, **_: self.mode())
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_, **__: self.mode())
     theirs = pipeline(
         PROMPT,
         image=picture.permute(2, 0, 1)[None].float() / 255,

@@ -214,6 +214,8 @@ def _values(config: GenerateConfig, request: Request, family: StableDiffusion, g
         prompts.filled(text, words.identifier, words.class_word, request.where, family.name)
         for text in (request.prompt, over.get("negative", config.negative))
     ]
+    if not filled[0].strip():
+        raise UsageError(f"{request.where}: the prompt is empty", "write what the image shall show")
     return {
         "prompt": filled[0],
         "negative": filled[1],

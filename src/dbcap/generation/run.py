@@ -47,6 +47,8 @@ class GenerateReport:
     skipped: int = 0
     left: int = 0
     """Not made, since the time was over."""
+    again: str = "the same command"
+    """What makes the rest."""
     note: str = ""
 
     @property
@@ -65,7 +67,7 @@ class GenerateReport:
         if self.skipped:
             parts.append(f"{self.skipped} there already")
         if self.left:
-            parts.append(f"{self.left} left as --max-time is over; the same command goes on")
+            parts.append(f"{self.left} left as --max-time is over; {self.again} goes on")
         elif self.skipped and not self.made:
             parts.append("--seed random makes others")
         return ", ".join(parts)
@@ -166,7 +168,7 @@ class _Run:
         except (KeyboardInterrupt, Interrupted) as error:
             self._printer.close()
             code = error.exit_code if isinstance(error, Interrupted) else SIGINT
-            done = f"{self._made} of {len(missing)} are made; the same command goes on"
+            done = f"{self._made} of {len(missing)} are made; {self._again()} goes on"
             raise Interrupted(code, done) from None
         except DbcapError:
             self._printer.close()
@@ -174,7 +176,12 @@ class _Run:
         self._printer.close()
         if self._config.grid and not left:
             self._grid()
-        return GenerateReport(self._made, self._failed, len(self._planned) - len(missing), left)
+        return GenerateReport(self._made, self._failed, len(self._planned) - len(missing), left, self._again())
+
+    def _again(self) -> str:
+        """Say what makes the rest: after --seed random not the same command, which draws another."""
+        drawn = self._config.seed == "random" and not self._config.like
+        return f"the same command with --seed {self._planned[0].job.seed}" if drawn else "the same command"
 
     # ---- what there is to do
 
@@ -261,6 +268,7 @@ class _Run:
 
     def _make_batch(self, batch: Sequence[Planned], todo: set[int], tracker: Tracker) -> None:
         """Make a whole batch, and write those of its images that are still to be made."""
+        self._family.check()
         start = time.monotonic()
         wanted = {one.index: row for row, one in reversed(list(enumerate(batch))) if one.index in todo}
         if self._row is not None:
@@ -338,7 +346,7 @@ class _Run:
         except OSError as error:
             why = error.strerror or error
             raise DbcapError(
-                f"cannot write {shown(str(path))}: {why}", "make room; the same command goes on"
+                f"cannot write {shown(str(path))}: {why}", f"make room; {self._again()} goes on"
             ) from error
         self._made += 1
         if self._shows:

@@ -18,13 +18,14 @@ __all__ = ["clear_errors", "diffusers_model", "transformers_model", "trim"]
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def diffusers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype) -> Any:
-    """Load a part that diffusers defines. Raises ModelError."""
+def diffusers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype, files: list[MappedWeights]) -> Any:
+    """Load a part that diffusers defines, and add its files to those in use. Raises ModelError."""
     with clear_errors(model):
         config = kind.load_config(folder)
         with torch.device("meta"):
             module = kind.from_config(config)
         weights = MappedWeights(weight_files(folder))
+        files.append(weights)
         state = {_new_name(name): tensor for name, tensor in weights.tensors(dtype).items()}
         expected = module.state_dict()
         _compare(model, folder.name, expected, state)
@@ -32,23 +33,34 @@ def diffusers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype) -> 
         return module.eval().requires_grad_(False)
 
 
-def transformers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype) -> Any:
-    """Load a part that transformers defines. Raises ModelError."""
+def transformers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype, files: list[MappedWeights]) -> Any:
+    """Load a part that transformers defines, and add its files to those in use. Raises ModelError."""
     with clear_errors(model):
         weights = MappedWeights(weight_files(folder))
+        files.append(weights)
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
         module, info = kind.from_pretrained(
-            None, config=config, state_dict=weights.tensors(dtype), dtype=dtype, output_loading_info=True
+            None,
+            config=config,
+            state_dict=weights.tensors(dtype),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that it says which, and we refuse them
         )
-    if missing := sorted([*info["missing_keys"], *map(str, info.get("mismatched_keys", ()))]):
-        raise _incomplete(model, folder.name, missing)
+    if wrong := sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]):
+        raise _incomplete(model, folder.name, wrong)
     return module.eval().requires_grad_(False)
 
 
 def _compare(model: str, part: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
-    wrong = [name for name in expected if name not in state or state[name].numel() != expected[name].numel()]
+    wrong = [name for name in expected if name not in state or not _fits(state[name], expected[name])]
     if wrong:
         raise _incomplete(model, part, wrong)
+
+
+def _fits(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether the shapes are equal; what is linear now was once a convolution of 1x1, (C, C, 1, 1)."""
+    return tuple(found.shape) in (tuple(expected.shape), (*expected.shape, 1, 1))
 
 
 def _incomplete(model: str, part: str, names: list[str]) -> ModelError:

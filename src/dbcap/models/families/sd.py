@@ -18,6 +18,7 @@ from dbcap.models.embeddings import Embedding
 from dbcap.models.identity import Identity
 from dbcap.models.libraries import compile_module
 from dbcap.models.lora import Lora
+from dbcap.models.mapped import MappedWeights
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -44,6 +45,7 @@ class StableDiffusion:
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.folder = local.folder
         self._encoders: list[Any] | None = None
+        self._files: list[MappedWeights] = []
         self._loras: list[Lora] = []
         self._embeddings: list[Embedding] = []
 
@@ -162,7 +164,9 @@ class StableDiffusion:
         if self._encoders is None:
             self._encoders = []
             for _, encoder, kind in self.text_parts:
-                model = parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype).to(self.device)
+                model = parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype, self._files).to(
+                    self.device
+                )
                 for one in self._loras:
                     one.merge(encoder, model)
                 for new in self._embeddings:
@@ -181,7 +185,7 @@ class StableDiffusion:
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        model = parts.diffusers_model(UNet2DConditionModel, self.folder / "unet", self.name, self.dtype)
+        model = parts.diffusers_model(UNet2DConditionModel, self.folder / "unet", self.name, self.dtype, self._files)
         model = model.to(self.device, memory_format=torch.channels_last)
         for one in self._loras:
             one.merge("unet", model)
@@ -192,8 +196,13 @@ class StableDiffusion:
         """The autoencoder. In float16 SDXL's overflows, so there it runs in float32, as its config asks."""
         upcast = self.dtype == torch.float16 and self._vae_config.get("force_upcast", True)
         dtype = torch.float32 if upcast else self.dtype
-        model = parts.diffusers_model(AutoencoderKL, self.folder / "vae", self.name, dtype)
+        model = parts.diffusers_model(AutoencoderKL, self.folder / "vae", self.name, dtype, self._files)
         return model.to(self.device, memory_format=torch.channels_last)
+
+    def check(self) -> None:
+        """Raise ModelError where a weight file that is in use was written to."""
+        for one in self._files:
+            one.check()
 
     def compile(self) -> None:
         """Have torch.compile compile the denoiser at its first use."""
