@@ -160,7 +160,9 @@ def test_fitting_takes_all_the_room_there_is(length):
 
 
 def test_a_file_of_the_longest_name_can_be_written(tmp_path):
-    (tmp_path / fitting("犬" * 300, "-2.png")).write_bytes(b"x")
+    path = tmp_path / fitting("犬" * 300, "-2.png")
+    path.write_bytes(b"x")
+    assert path.read_bytes() == b"x"
 
 
 # ---- templates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +12,6 @@ import numpy.typing as npt
 import torch
 import transformers
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.decoders import BUILDERS
@@ -25,7 +23,7 @@ from dbcap.captioning.search import search as run_search
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
-from dbcap.models.layout import choose_in
+from dbcap.models.layout import choose_in, count_in
 from dbcap.models.libraries import clear_errors, compile_module, compiler_errors, quiet_libraries
 from dbcap.models.mapped import MappedWeights
 from dbcap.plugins.api import Candidate, Capabilities, Captioner, CaptionerFactory
@@ -368,14 +366,7 @@ def count_parameters(folder: Path) -> int:
         files = [folder / name for name in choice.weights if name != choice.index]
     except ModelError:  # a plugin's model may look otherwise
         files = list(folder.glob("*.safetensors"))
-    total = 0
-    for path in files:
-        try:
-            with safe_open(path, "numpy") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} is damaged: {error}", "fetch or copy it again") from error
-    return total
+    return count_in(files)
 
 
 def model_type(folder: Path, name: str) -> str:

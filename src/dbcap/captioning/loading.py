@@ -16,6 +16,7 @@ from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, choose_in
 from dbcap.models.libraries import clear_errors
 from dbcap.models.mapped import MappedWeights
+from dbcap.models.parts import from_weights
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,21 @@ def load_weights(auto_class: Any, folder: Path, model: str, dtype: torch.dtype) 
     choice = choose_in(folder, model)
     with clear_errors(model):
         weights = MappedWeights([folder / name for name in choice.weights if name != choice.index])
-        config = auto_class.config_class.from_pretrained(folder, local_files_only=True)
-        module, info = auto_class.from_pretrained(
-            None, config=config, state_dict=weights.tensors(dtype), dtype=dtype, output_loading_info=True
-        )
+        module, found = from_weights(auto_class, folder, weights, dtype)
         # Without one, transformers takes the settings from config.json, where models of 2022 have them.
         there = (folder / "generation_config.json").is_file()
         where: dict[str, Any] = {} if there else {"config_file_name": CONFIG, "_from_model_config": True}
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True, **where)
     # The pooler of a ViT encoder is not used for captions, and many checkpoints leave it out.
-    missing = sorted(key for key in info["missing_keys"] if ".pooler." not in key)
-    if wrong := [*missing, *sorted(str(key) for key in info.get("mismatched_keys", ()))]:
+    missing = [key for key in found.missing if ".pooler." not in key]
+    if wrong := [*missing, *found.misshapen]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         what = "lacks the weight" if missing else "has a weight of another shape than its config says:"
         raise ModelError(
             f"{model} {what} {wrong[0]}{more}", "the file is incomplete, or belongs to another config.json"
         )
     defaults = decoding_defaults(folder, model) if there else own_lengths(module.generation_config.to_diff_dict())
-    return Loaded(module.eval(), sorted(info["unexpected_keys"]), weights, defaults)
+    return Loaded(module, found.unused, weights, defaults)
 
 
 _NUMBERS = (

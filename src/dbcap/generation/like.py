@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,15 +23,8 @@ class Recipe:
     """What a picture says about how it was made."""
 
     job: Job
-    row: int
-    """Its place in its batch."""
-    threads: int
-
-
-@dataclass(frozen=True)
-class _Said:
-    job: Job
     row: Annotated[int, Ge(0)]
+    """Its place in its batch."""
     threads: Annotated[int, Ge(1)]
     batch_size: Annotated[int, Ge(1)]
 
@@ -59,10 +52,10 @@ def read(path: str, config: GenerateConfig) -> tuple[Recipe, GenerateConfig]:
 
 
 def _recipe(facts: dict[str, Any]) -> Recipe:
-    names = ("job", "row", "threads", "batch_size")
-    recipe = TypeAdapter(_Said).validate_json(json.dumps({name: facts[name] for name in names}), strict=True)
+    said = {field.name: facts[field.name] for field in fields(Recipe)}
+    recipe = TypeAdapter(Recipe).validate_json(json.dumps(said), strict=True)
     if recipe.job.key != facts["key"]:
         raise ValueError("its key is not that of its job")
     if recipe.row >= recipe.batch_size:
         raise ValueError("its row is not in its batch")
-    return Recipe(recipe.job, recipe.row, recipe.threads)
+    return recipe

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,6 +122,20 @@ def shards(index: Path) -> tuple[str, ...]:
         if not isinstance(part, str) or Path(part).name != part:  # it must not lead out of the folder
             raise ModelError(f"{index} names a file that cannot be a shard: {part!r}", "fetch or copy the model again")
     return tuple(parts)
+
+
+def count_in(files: Iterable[Path]) -> int:
+    """Return the number of weights in safetensors files, from their headers alone. Raises `ModelError` for damage."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for path in files:
+        try:
+            with safe_open(path, "numpy") as file:
+                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is damaged: {error}", "fetch or copy it again") from error
+    return total
 
 
 def file_names(folder: Path) -> set[str]:

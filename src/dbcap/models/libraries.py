@@ -59,10 +59,7 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
             raise
-        raise DbcapError(
-            f"there is not enough memory for {what}",
-            hint,
-        ) from error
+        raise DbcapError(f"there is not enough memory for {what}", hint) from error
 
 
 def compile_module(module: torch.nn.Module) -> None:

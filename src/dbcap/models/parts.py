@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,8 @@ import torch
 
 from dbcap.errors import ModelError
 from dbcap.models.libraries import clear_errors
-from dbcap.models.mapped import MappedWeights, trim
+from dbcap.models.mapped import MappedWeights
 from dbcap.models.pipelines import weight_files
-
-__all__ = ["clear_errors", "diffusers_model", "transformers_model", "trim"]
 
 # How AutoencoderKL named the layers of its attention until 2023; the published weights of SD 1.x and 2.x still do.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -38,18 +37,34 @@ def transformers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype, 
     with clear_errors(model):
         weights = MappedWeights(weight_files(folder))
         files.append(weights)
-        config = kind.config_class.from_pretrained(folder, local_files_only=True)
-        module, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights.tensors(dtype),
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that it says which, and we refuse them
-        )
-    if wrong := sorted([*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]):
+        module, found = from_weights(kind, folder, weights, dtype)
+    if wrong := sorted([*found.missing, *found.misshapen]):
         raise _incomplete(model, folder.name, wrong)
-    return module.eval().requires_grad_(False)
+    return module.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of matching the names of a file with those of a model."""
+
+    missing: list[str]
+    misshapen: list[str]
+    unused: list[str]
+
+
+def from_weights(kind: Any, folder: Path, weights: MappedWeights, dtype: torch.dtype) -> tuple[Any, Found]:
+    """Make a model of transformers from the config in a folder and weights: in evaluation mode, and whole or not."""
+    config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    module, info = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=weights.tensors(dtype),
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that it says which; refusing them is the caller's
+    )
+    misshapen = sorted(name for name, *_ in info["mismatched_keys"])
+    return module.eval(), Found(sorted(info["missing_keys"]), misshapen, sorted(info["unexpected_keys"]))
 
 
 def _compare(model: str, part: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbcap.errors import ModelError
-from dbcap.models.layout import CONFIG, PIPELINE, shards
+from dbcap.models.layout import CONFIG, PIPELINE, count_in, shards
 
 _SMALL = {
     "unet": (CONFIG,),
@@ -145,13 +144,6 @@ def weight_files(part: Path) -> list[Path]:
 
 
 def count_parameters(folder: Path) -> int:
-    """Return the number of weights of a pipeline, from the headers of its files alone."""
-    from safetensors import safe_open
-
-    total = 0
-    for files in choose_in(folder, str(folder)).weights.values():
-        for name in files:
-            if name.endswith(".safetensors"):
-                with safe_open(folder / name, "numpy") as file:
-                    total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    return total
+    """Return the number of weights of a pipeline. Raises `ModelError` for a damaged file."""
+    weights = choose_in(folder, str(folder)).weights.values()
+    return count_in(folder / name for files in weights for name in files if not name.endswith(".index.json"))

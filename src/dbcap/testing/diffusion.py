@@ -34,15 +34,9 @@ def write_diffusion(folder: Path, *, xl: bool = False, seed: int = 0, inpaints: 
     The autoencoder has a factor of 4; `inpaints` gives the denoiser the five more channels of inpainting models.
     """
     torch.manual_seed(seed)
-    words = {word: number for number, word in enumerate(["<start>", "<end>", *WORDS, "sks", "v"])}
-    plain = Tokenizer(WordLevel(words, unk_token="v"))
-    plain.pre_tokenizer = Whitespace()
-    around = [("<start>", 0), ("<end>", 1)]
-    plain.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=around)
-    marks = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "v"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=LENGTH, **marks)
+    tokenizer = _tokenizer()
     text = CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=len(tokenizer),
         hidden_size=_WIDTH,
         intermediate_size=2 * _WIDTH,
         num_hidden_layers=3,
@@ -52,25 +46,6 @@ def write_diffusion(folder: Path, *, xl: bool = False, seed: int = 0, inpaints: 
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=1,
-    )
-    added: dict[str, Any] = {}
-    if xl:
-        added = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": _WIDTH + 6 * 8,
-        }
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        in_channels=9 if inpaints else 4,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=2 * _WIDTH if xl else _WIDTH,
-        **added,
     )
     vae = AutoencoderKL(
         block_out_channels=(16, 16, 32),
@@ -83,7 +58,7 @@ def write_diffusion(folder: Path, *, xl: bool = False, seed: int = 0, inpaints: 
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
-    common = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": tokenizer}
+    common = {"vae": vae, "unet": _unet(xl, inpaints), "scheduler": scheduler, "tokenizer": tokenizer}
     if xl:
         pipeline: Any = StableDiffusionXLPipeline(
             **common,
@@ -101,3 +76,35 @@ def write_diffusion(folder: Path, *, xl: bool = False, seed: int = 0, inpaints: 
         )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: number for number, word in enumerate(["<start>", "<end>", *WORDS, "sks", "v"])}
+    plain = Tokenizer(WordLevel(words, unk_token="v"))
+    plain.pre_tokenizer = Whitespace()
+    around = [("<start>", 0), ("<end>", 1)]
+    plain.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=around)
+    marks = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "v"}
+    return PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=LENGTH, **marks)
+
+
+def _unet(xl: bool, inpaints: bool) -> UNet2DConditionModel:
+    added: dict[str, Any] = {}
+    if xl:
+        added = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": _WIDTH + 6 * 8,
+        }
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=9 if inpaints else 4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=2 * _WIDTH if xl else _WIDTH,
+        **added,
+    )

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, CLIPTextModel
 from dbcap.models import embeddings, identity, lora, parts
 from dbcap.models.embeddings import Embedding
 from dbcap.models.identity import Identity
-from dbcap.models.libraries import compile_module
+from dbcap.models.libraries import clear_errors, compile_module
 from dbcap.models.lora import Lora
-from dbcap.models.mapped import MappedWeights
+from dbcap.models.mapped import MappedWeights, trim
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -110,7 +110,7 @@ class StableDiffusion:
     @cached_property
     def tokenizers(self) -> list[Any]:
         """The tokenizers, the first of which counts."""
-        with parts.clear_errors(self.name):
+        with clear_errors(self.name):
             return [
                 AutoTokenizer.from_pretrained(self.folder / tokenizer, local_files_only=True)
                 for tokenizer, _, _ in self.text_parts
@@ -164,9 +164,8 @@ class StableDiffusion:
         if self._encoders is None:
             self._encoders = []
             for _, encoder, kind in self.text_parts:
-                model = parts.transformers_model(kind, self.folder / encoder, self.name, self.dtype, self._files).to(
-                    self.device
-                )
+                folder = self.folder / encoder
+                model = parts.transformers_model(kind, folder, self.name, self.dtype, self._files).to(self.device)
                 for one in self._loras:
                     one.merge(encoder, model)
                 for new in self._embeddings:
@@ -178,7 +177,7 @@ class StableDiffusion:
     def release_text(self) -> None:
         """Let the text encoders go: a run encodes its prompts once, before anything else."""
         self._encoders = None
-        parts.trim()
+        trim()
 
     # ---- pictures
 
