@@ -45,7 +45,7 @@ def family() -> Callable[..., Any]:
     from dbcap.models.families import load
 
     def call(folder: Path, dtype: str = "float32") -> Any:
-        local: Any = SimpleNamespace(spec=SimpleNamespace(text=folder.name), folder=folder)
+        local: Any = SimpleNamespace(spec=SimpleNamespace(text=folder.name, kind="folder"), folder=folder)
         return load(local, "cpu", dtype)
 
     return call

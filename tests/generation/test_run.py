@@ -74,6 +74,18 @@ def test_a_picture_says_how_to_make_it_again(generate):
         assert Path(made[0]).read_bytes() == Path(line).read_bytes()
 
 
+def test_a_picture_is_made_again_from_any_folder(generate, tiny_diffusion, monkeypatch):
+    Path("model").symlink_to(tiny_diffusion)
+    _, lines, _ = generate("a red dog", model="./model")
+    image = Path(lines[0]).absolute()
+    assert "Sampler: DDIM," in Image.open(image).info["parameters"]
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    code, made, err = generate("--like", str(image), model="./nowhere")
+    assert (code, err) == (0, "1 made\n")
+    assert pixels(made[0]).tolist() == pixels(image).tolist()
+
+
 def test_like_of_what_is_no_image_of_ours(generate):
     Image.new("RGB", (8, 8)).save("other.png")
     for words, said in (

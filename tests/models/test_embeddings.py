@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
 
 
 def family(folder):
-    return load(SimpleNamespace(spec=SimpleNamespace(text="it"), folder=folder), "cpu", "float32")
+    return load(SimpleNamespace(spec=SimpleNamespace(text="it", kind="folder"), folder=folder), "cpu", "float32")
 
 
 @pytest.mark.parametrize("vectors", [1, 2])

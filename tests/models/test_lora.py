@@ -77,7 +77,7 @@ def processors(pairs):
 
 
 def family(folder, dtype="float32"):
-    return load(SimpleNamespace(spec=SimpleNamespace(text="it"), folder=folder), "cpu", dtype)
+    return load(SimpleNamespace(spec=SimpleNamespace(text="it", kind="folder"), folder=folder), "cpu", dtype)
 
 
 def weights(one):

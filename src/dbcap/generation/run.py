@@ -324,7 +324,7 @@ class _Run:
         facts: dict[str, Any] = {
             "key": job.key,
             "job": asdict(job),
-            "model": self._family.name,
+            "model": self._family.address,
             "device": choice.device,
             "dtype": choice.dtype,
             "threads": choice.threads,
@@ -336,7 +336,8 @@ class _Run:
             "embedding": [str(one) for one in self._given.additions if one.embedding],
             "version": __version__,
         }
-        text = pictures.parameters(job, self._family.name, job.scheduler, __version__)
+        sampler = schedulers.same_as(job.scheduler, self._family.scheduler_config)
+        text = pictures.parameters(job, self._family.name, sampler, __version__)
         data = pictures.encoded(pixels, config.image_format, text, facts)
         path = self._out / self._file_name(one)
         try:

@@ -33,6 +33,17 @@ OWN = "model"
 """What a job says of the model's own scheduler."""
 
 
+def same_as(name: str, config: Mapping[str, Any]) -> str:
+    """Return the name in `SCHEDULERS` that a job's sampler is; of the model's own, if none, its class."""
+    if name != OWN:
+        return name
+    own, karras = str(config.get("_class_name", "DDIMScheduler")), bool(config.get("use_karras_sigmas"))
+    for one, (kind, more) in SCHEDULERS.items():
+        if kind == own and bool(more.get("use_karras_sigmas")) == karras:
+            return one
+    return own.removesuffix("Scheduler")
+
+
 def known(name: str | None) -> str:
     """Return the name of a scheduler as jobs say it. Raises UsageError for one that is unknown."""
     if name is not None and name not in SCHEDULERS:

@@ -42,6 +42,8 @@ class StableDiffusion:
 
     def __init__(self, local: LocalModel, device: str, dtype: str) -> None:
         self.name = local.spec.text
+        self.address = str(local.folder) if local.spec.kind == "folder" else local.spec.text
+        """What `--model` takes to find it from any folder."""
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.folder = local.folder
         self._encoders: list[Any] | None = None
