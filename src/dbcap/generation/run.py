@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from dbcap import __version__
 from dbcap.config.models import CommonConfig, GenerateConfig
 from dbcap.config.paths import cache_dir
 from dbcap.errors import OK, OUT_OF_TIME, PARTIAL, SIGINT, DbcapError, Interrupted, UsageError
 from dbcap.events import Events, Tracker
-from dbcap.files import Lock, open_atomic
-from dbcap.generation import jobs, like, pictures, plan, prompts, sampling, schedulers, show
+from dbcap.files import Lock
+from dbcap.generation import jobs, like, plan, prompts
+from dbcap.generation.gallery import Gallery
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.output import Printer
 from dbcap.generation.plan import Given, Planned
+from dbcap.generation.renderer import Renderer
 from dbcap.inputs import shown
 from dbcap.models import device, families, hub
-from dbcap.models.libraries import compiler_errors, memory_errors
 from dbcap.models.pipelines import count_parameters
 
 if TYPE_CHECKING:
-    from dbcap.models.families.sd import Condition, StableDiffusion
+    from dbcap.models.families.sd import StableDiffusion
 
 MOST_BATCH = 16
 LARGE = 100_000_000
@@ -144,18 +141,13 @@ class _Run:
         started: float,
         row: int | None,
     ) -> None:
-        self._config, self._events, self._family, self._choice = config, events, family, choice
-        self._planned, self._given, self._row = planned, given, row
-        self._out = Path(config.out)
-        self._manifest = Manifest(self._out)
+        self._config, self._events, self._planned, self._row = config, events, planned, row
+        self._batch_size = self._size_of_batches(family)
+        self._renderer = Renderer(family, given, config, events)
+        self._gallery = Gallery(config, family, choice, given, self._batch_size, self._again(), events)
         self._printer = Printer(config.format)
         self._deadline = started + plan.seconds_of(config.max_time) if config.max_time else None
-        self._batch_size = self._size_of_batches()
         self._made = self._failed = 0
-        self._shows = show.protocol(os.environ, sys.stderr is not None and sys.stderr.isatty()) if config.show else ""
-        if config.show and not self._shows:
-            events.say("--show: this is no terminal that is known to show images")
-        self._conditions: dict[tuple[str, int, tuple[int, int]], Condition] = {}
 
     def run(self) -> GenerateReport:
         """Make everything that is missing."""
@@ -175,7 +167,7 @@ class _Run:
             raise
         self._printer.close()
         if self._config.grid and not left:
-            self._grid()
+            self._gallery.write_grid(self._planned)
         return GenerateReport(self._made, self._failed, len(self._planned) - len(missing), left, self._again())
 
     def _again(self) -> str:
@@ -191,7 +183,7 @@ class _Run:
         seen: dict[str, int] = {}
         for one in self._planned:
             key = one.job.key
-            path = self._manifest.find(key)
+            path = self._gallery.find(key)
             if path and self._config.existing == "error":
                 raise UsageError(f"{shown(str(path))} is there already", "--existing skip or overwrite go on")
             if path and self._config.existing == "skip":
@@ -203,12 +195,12 @@ class _Run:
                 missing.append(one)
         return missing
 
-    def _size_of_batches(self) -> int:
+    def _size_of_batches(self, family: StableDiffusion) -> int:
         """Return one batch shape for the whole plan, so that a run that goes on makes equal images."""
         if self._config.batch_size != "auto":
             most = self._config.batch_size
         else:
-            large = count_parameters(self._family.folder) >= LARGE
+            large = count_parameters(family.folder) >= LARGE
             most = 1 if large else MOST_BATCH
         size = most if self._row is not None else min(most, len(self._planned))
         self._events.detail(f"batch size {size}")
@@ -234,13 +226,8 @@ class _Run:
 
     def _make(self, missing: Sequence[Planned]) -> int:
         """Make images; returns how many are left when time is over."""
-        self._encode_prompts()
-        if self._config.low_memory:
-            self._family.save_memory()
-        if self._config.compile:
-            self._events.say("torch.compile compiles the denoiser with the first step; that takes a while")
-            self._family.compile()
-        self._out.mkdir(parents=True, exist_ok=True)
+        self._renderer.prepare(self._planned)
+        self._gallery.open()
         total = sum(one.job.steps for one in missing)
         todo = {one.index for one in missing}
         with self._events.track("Generating", total, "steps") as tracker:
@@ -253,126 +240,21 @@ class _Run:
                 todo.difference_update(one.index for one in batch)
         return 0
 
-    def _encode_prompts(self) -> None:
-        """Encode every prompt once, and let the text encoder go."""
-        for one in self._planned:
-            for text in (one.job.prompt, one.job.negative):
-                key = self._text_key(text, one)
-                if key not in self._conditions:
-                    self._conditions[key] = self._family.encode(*key)
-        self._family.release_text()
-
-    @staticmethod
-    def _text_key(text: str, one: Planned) -> tuple[str, int, tuple[int, int]]:
-        return text, one.chunks, (one.job.width, one.job.height)
-
     def _make_batch(self, batch: Sequence[Planned], todo: set[int], tracker: Tracker) -> None:
         """Make a whole batch, and write those of its images that are still to be made."""
-        self._family.check()
         start = time.monotonic()
         wanted = {one.index: row for row, one in reversed(list(enumerate(batch))) if one.index in todo}
         if self._row is not None:
             wanted = {batch[0].index: self._row}
-        job = batch[0].job
-        what = f"{len(batch)} images of {job.width}x{job.height}"
-        with memory_errors(what, "use --low-memory, a smaller --batch-size or smaller images"), compiler_errors():
-            latents = self._denoise(batch, lambda: tracker.advance(len(wanted)))
-        seconds = (time.monotonic() - start) / len(wanted)
+        latents = self._renderer.latents(batch, lambda: tracker.advance(len(wanted)))
+        seconds = round((time.monotonic() - start) / len(wanted), 3)
         for row in sorted(wanted.values()):
             if not torch.isfinite(latents[row]).all():
                 self._fail(batch[row], "its numbers ran out of range", "use --dtype float32 or less --guidance")
                 continue
-            self._write(batch[row], row, self._family.decode(latents[row]).numpy(), seconds)
-
-    def _denoise(self, rows: Sequence[Planned], stepped: Any) -> torch.Tensor:
-        job, family = rows[0].job, self._family
-        told = [self._conditions[self._text_key(one.job.prompt, one)] for one in rows]
-        against = [self._conditions[self._text_key(one.job.negative, one)] for one in rows]
-        return sampling.denoise(
-            family,
-            schedulers.make(job.scheduler, family.scheduler_config),
-            told,
-            against if job.guidance > 1 else None,
-            [sampling.generator(one.job.seed) for one in rows],
-            (family.latent_channels, job.height // family.factor, job.width // family.factor),
-            sampling.Settings(job.steps, job.guidance, job.guidance_rescale, job.eta, job.strength),
-            device=family.device,
-            start=self._start(job),
-            stepped=stepped,
-        )
-
-    def _start(self, job: jobs.Job) -> sampling.Start | None:
-        if self._given.init is None:
-            return None
-        family, size = self._family, (job.width, job.height)
-        picture = np.array(self._given.init.resize(size, Image.Resampling.LANCZOS))
-        latents = family.encode_picture(torch.from_numpy(picture))
-        if self._given.mask is None:
-            return sampling.Start(latents)
-        white = np.array(self._given.mask.convert("L").resize(size, Image.Resampling.BILINEAR)) >= 128
-        small = torch.from_numpy(white).float()[None, None]
-        mask = torch.nn.functional.max_pool2d(small, family.factor)[0, 0].to(family.device)
-        masked = None
-        if family.inpaints:
-            masked = family.encode_picture(torch.from_numpy(np.where(white[..., None], 127, picture).astype(np.uint8)))
-        return sampling.Start(latents, mask, masked)
-
-    # ---- writing
-
-    def _write(self, one: Planned, row: int, pixels: np.ndarray, seconds: float) -> None:
-        job, choice, config = one.job, self._choice, self._config
-        facts: dict[str, Any] = {
-            "key": job.key,
-            "job": asdict(job),
-            "model": self._family.address,
-            "device": choice.device,
-            "dtype": choice.dtype,
-            "threads": choice.threads,
-            "batch_size": self._batch_size,
-            "row": row,
-            **({"init": os.path.abspath(config.init)} if config.init else {}),
-            **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
-            "lora": [str(one) for one in self._given.additions if not one.embedding],
-            "embedding": [str(one) for one in self._given.additions if one.embedding],
-            "version": __version__,
-        }
-        sampler = schedulers.same_as(job.scheduler, self._family.scheduler_config)
-        text = pictures.parameters(job, self._family.name, sampler, __version__)
-        data = pictures.encoded(pixels, config.image_format, text, facts)
-        path = self._out / self._file_name(one)
-        try:
-            with open_atomic(path) as file:
-                file.write(data)
-            self._manifest.add(job.key, path.name, {**facts, "seconds": round(seconds, 3)})
-        except OSError as error:
-            why = error.strerror or error
-            raise DbcapError(
-                f"cannot write {shown(str(path))}: {why}", f"make room; {self._again()} goes on"
-            ) from error
-        self._made += 1
-        if self._shows:
-            sys.stderr.write(show.sequence(Image.fromarray(pixels), self._shows))
-            sys.stderr.flush()
-        self._printer.made(one, path, {**facts, "seconds": round(seconds, 3)})
-
-    def _file_name(self, one: Planned) -> str:
-        """Return a name that is free, or that of the image that is made anew."""
-        ending = pictures.ENDINGS[self._config.image_format]
-        before = self._manifest.find(one.job.key)
-        if before and before.suffix == ending:
-            return before.name
-        fields = {
-            "index": one.index,
-            "seed": one.job.seed,
-            "prompt": jobs.slug(one.job.prompt),
-            "date": time.strftime("%Y-%m-%d"),
-        }
-        stem = jobs.named(self._config.name, fields)
-        number, name = 1, jobs.fitting(stem, ending)
-        while self._manifest.taken(name):
-            number += 1
-            name = jobs.fitting(stem, f"-{number}{ending}")
-        return name
+            path, facts = self._gallery.write(batch[row], row, self._renderer.pixels(latents[row]), seconds)
+            self._made += 1
+            self._printer.made(batch[row], path, facts)
 
     def _fail(self, one: Planned, why: str, hint: str) -> None:
         self._failed += 1
@@ -381,17 +263,3 @@ class _Run:
             raise DbcapError(about, hint)
         self._events.fail(f"{about}; {hint}")
         self._printer.failed(one)
-
-    def _grid(self) -> None:
-        path = Path(str(self._config.grid))
-        found = [self._manifest.find(one.job.key) for one in self._planned]
-        opened = [Image.open(one).convert("RGB") for one in found if one]
-        if not opened:
-            return
-        try:
-            with open_atomic(path) as file:
-                pictures.grid(opened, self._config.num_images if self._config.num_images > 1 else None).save(
-                    file, "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
-                )
-        except OSError as error:
-            raise DbcapError(f"cannot write --grid {shown(str(path))}: {error.strerror or error}") from error

@@ -1,0 +1,131 @@
+"""The output folder of a run: which images are there, what new ones are called, and writing them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dbcap import __version__
+from dbcap.config.models import GenerateConfig
+from dbcap.errors import DbcapError
+from dbcap.events import Events
+from dbcap.files import open_atomic
+from dbcap.generation import jobs, pictures, schedulers, show
+from dbcap.generation.manifest import Manifest
+from dbcap.generation.plan import Given, Planned
+from dbcap.inputs import shown
+from dbcap.models.device import Choice
+
+if TYPE_CHECKING:
+    from dbcap.models.families.sd import StableDiffusion
+
+
+class Gallery:
+    """A folder of images with its manifest. `again` is the command that goes on, for what is said of a full disk."""
+
+    def __init__(
+        self,
+        config: GenerateConfig,
+        family: StableDiffusion,
+        choice: Choice,
+        given: Given,
+        batch_size: int,
+        again: str,
+        events: Events,
+    ) -> None:
+        self._config, self._again = config, again
+        self._folder = Path(config.out)
+        self._manifest = Manifest(self._folder)
+        self._model, self._scheduler_config = family.name, family.scheduler_config
+        self._facts = {
+            "model": family.address,
+            "device": choice.device,
+            "dtype": choice.dtype,
+            "threads": choice.threads,
+            "batch_size": batch_size,
+            **({"init": os.path.abspath(config.init)} if config.init else {}),
+            **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
+            "lora": [str(one) for one in given.additions if not one.embedding],
+            "embedding": [str(one) for one in given.additions if one.embedding],
+            "version": __version__,
+        }
+        self._shows = show.protocol(os.environ, sys.stderr is not None and sys.stderr.isatty()) if config.show else ""
+        if config.show and not self._shows:
+            events.say("--show: this is no terminal that is known to show images")
+
+    def find(self, key: str) -> Path | None:
+        """Return the image of a job, if it is there."""
+        return self._manifest.find(key)
+
+    def open(self) -> None:
+        """Make the folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def write(
+        self, one: Planned, row: int, pixels: npt.NDArray[np.uint8], seconds: float
+    ) -> tuple[Path, dict[str, Any]]:
+        """Write the image of a job that stood at `row` of its batch; returns its path and all that is known about it.
+
+        Raises DbcapError where it cannot be written; then nothing stands under its name.
+        """
+        job = one.job
+        facts = {"key": job.key, "job": asdict(job), **self._facts, "row": row}
+        sampler = schedulers.same_as(job.scheduler, self._scheduler_config)
+        text = pictures.parameters(job, self._model, sampler, __version__)
+        data = pictures.encoded(pixels, self._config.image_format, text, facts)
+        path = self._folder / self._file_name(one)
+        facts["seconds"] = seconds
+        try:
+            with open_atomic(path) as file:
+                file.write(data)
+            self._manifest.add(job.key, path.name, facts)
+        except OSError as error:
+            why = error.strerror or error
+            raise DbcapError(f"cannot write {shown(str(path))}: {why}", f"make room; {self._again} goes on") from error
+        if self._shows:
+            sys.stderr.write(show.sequence(Image.fromarray(pixels), self._shows))
+            sys.stderr.flush()
+        return path, facts
+
+    def write_grid(self, planned: Sequence[Planned]) -> None:
+        """Write all images of a plan side by side. Raises DbcapError where that cannot be written."""
+        path = Path(str(self._config.grid))
+        found = [self._manifest.find(one.job.key) for one in planned]
+        opened = [Image.open(one).convert("RGB") for one in found if one]
+        if not opened:
+            return
+        columns = self._config.num_images if self._config.num_images > 1 else None
+        try:
+            with open_atomic(path) as file:
+                kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
+                pictures.grid(opened, columns).save(file, kind)
+        except OSError as error:
+            raise DbcapError(f"cannot write --grid {shown(str(path))}: {error.strerror or error}") from error
+
+    def _file_name(self, one: Planned) -> str:
+        """Return a name that is free, or that of the image that is made anew."""
+        ending = pictures.ENDINGS[self._config.image_format]
+        before = self._manifest.find(one.job.key)
+        if before and before.suffix == ending:
+            return before.name
+        fields = {
+            "index": one.index,
+            "seed": one.job.seed,
+            "prompt": jobs.slug(one.job.prompt),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        stem = jobs.named(self._config.name, fields)
+        number, name = 1, jobs.fitting(stem, ending)
+        while self._manifest.taken(name):
+            number += 1
+            name = jobs.fitting(stem, f"-{number}{ending}")
+        return name
