@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dbcap.errors import ModelError
-from dbcap.models.families.original import from_original, kind_of, to_original
+from dbcap.models.families.original import from_original, kind_of, to_original, unet_names
 from dbcap.testing.diffusion import write_diffusion
 
 KINDS = ("sd1", "sd2", "xl")
@@ -291,6 +291,29 @@ def test_real_models_get_the_names_and_shapes_of_the_published_files(kind):
     expected = {DENOISER + key: shape for key, shape in (UNET_KEYS | BY_KIND[kind]).items()}
     expected |= {AUTOENCODER + key: shape for key, shape in VAE_KEYS.items()} | TEXT_KEYS[kind]
     assert {key: tuple(state[key].shape) if key in state else None for key in expected} == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_denoisers_modules_have_the_names_of_its_keys(kind):
+    unet = tiny_modules(kind)["unet"]
+    names = unet_names(unet)
+    paths = {key.rpartition(".")[0] for key in unet.state_dict()}
+    assert paths <= names.keys()
+    assert len({names[path] for path in paths}) == len(paths)
+    known = {
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0": (
+            "input_blocks.4.1.transformer_blocks.0.attn1.to_out.0"
+        ),
+        "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
+        "mid_block.resnets.1.conv2": "middle_block.2.out_layers.3",
+        "up_blocks.0.resnets.0.conv1": "output_blocks.0.0.in_layers.2",
+        "up_blocks.0.upsamplers.0.conv": f"output_blocks.2.{2 if kind == 'xl' else 1}.conv",
+        "conv_out": "out.2",
+    }
+    assert {path: names[path] for path in known} == known
+    assert names["add_embedding.linear_1"] == "label_emb.0.0"
 
 
 # ---- what the values become

@@ -69,6 +69,14 @@ def kind_of(keys: Collection[str]) -> str | None:
     return fits[0] if fits else None
 
 
+def unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
+    """Return how original files name the modules of a denoiser, without what all its keys begin with.
+
+    `mid_block.resnets.1.conv2` is `middle_block.2.out_layers.3`; a path may be there that this denoiser has not.
+    """
+    return {path: key.removesuffix(".*") for path, key in _unet(unet).items()}
+
+
 def to_original(
     kind: str, configs: Mapping[str, Mapping[str, Any]], parts: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:

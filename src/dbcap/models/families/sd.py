@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from dbcap.models import embeddings, identity, lora, parts
 from dbcap.models.embeddings import Embedding
+from dbcap.models.families.original import unet_names
 from dbcap.models.identity import Identity
 from dbcap.models.libraries import clear_errors, compile_module
 from dbcap.models.lora import Lora
@@ -189,7 +190,7 @@ class StableDiffusion:
         model = parts.diffusers_model(UNet2DConditionModel, self.folder / "unet", self.name, self.dtype, self._files)
         model = model.to(self.device, memory_format=torch.channels_last)
         for one in self._loras:
-            one.merge("unet", model)
+            one.merge("unet", model, unet_names(model))
         return model
 
     @cached_property
