@@ -119,18 +119,6 @@ def test_one_kind_is_not_the_other(gallery, heard, tiny_captioner, tiny_diffusio
     assert paths_fetched(gallery) == []
 
 
-def test_a_pipeline_that_is_pickled_is_refused_before_it_is_fetched(gallery, heard, tmp_path):
-    folder = gallery.repo(PAINTER)
-    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"):
-        (folder / name).unlink()
-    wanted = "has the weights of its unet in a pickled file only (unet/diffusion_pytorch_model.bin);"
-    assert wanted in refusal(PAINTER, heard)
-    assert paths_fetched(gallery) == []
-    assert show(PAINTER, heard).pickled
-    copied = shutil.copytree(folder, tmp_path / "copied")
-    assert wanted in refusal(str(copied), heard)
-
-
 def test_shards_of_a_pipeline(hub, heard, tiny_diffusion):
     from diffusers import UNet2DConditionModel
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dbcap.errors import ModelError
 from dbcap.models import pipelines
+from dbcap.models.layout import refuse_pickle
 from dbcap.models.pipelines import choose, choose_in, count_parameters, weight_files
 
 UNET = "unet/diffusion_pytorch_model"
@@ -55,7 +56,7 @@ def test_of_the_published_model_one_set_of_weights_is_read():
         "vae/config.json",
     ]
     assert found.names == found.small + tuple(files[0] for files in found.weights.values())
-    assert (found.complete, found.pickled) == (True, False)
+    assert (found.complete, found.pickled) == (True, ())
 
 
 def test_the_safety_checker_is_read_where_it_is_asked_for():
@@ -70,6 +71,9 @@ def test_the_safety_checker_is_read_where_it_is_asked_for():
         (["fp16.safetensors", "bin"], "fp16.safetensors"),
         (["safetensors", "safetensors.index.json", "fp16.safetensors"], "safetensors"),
         (["safetensors.index.json", "fp16.safetensors", "bin"], "safetensors.index.json"),
+        (["fp16.safetensors", "safetensors.index.fp16.json"], "fp16.safetensors"),
+        (["safetensors.index.fp16.json", "safetensors.fp16.index.json", "bin"], "safetensors.index.fp16.json"),
+        (["safetensors.fp16.index.json", "bin"], "safetensors.fp16.index.json"),
         (["bin"], "bin"),
         (["bin.index.json"], "bin.index.json"),
     ],
@@ -78,7 +82,7 @@ def test_the_first_that_is_there_is_taken(there, taken):
     others = [name for name in PUBLISHED if not name.startswith(UNET)]
     found = choose([*others, *(f"{UNET}.{ending}" for ending in there)], "here")
     assert found.weights["unet"][0] == f"{UNET}.{taken}"
-    assert found.pickled == ("bin" in taken)
+    assert found.pickled == (((f"{UNET}.{taken}",),) if "bin" in taken else ())
 
 
 def test_shards_come_with_their_index_and_no_others():
@@ -87,6 +91,18 @@ def test_shards_come_with_their_index_and_no_others():
     strange = [f"{UNET}-00001-of-00002.bin", "unet/model-00001-of-00002.safetensors", f"x/{shards[0]}"]
     found = choose([*others, *shards[::-1], *strange, f"{UNET}.safetensors.index.json"], "here")
     assert found.weights["unet"] == (f"{UNET}.safetensors.index.json", *shards)
+
+
+@pytest.mark.parametrize("index", ["safetensors.index.fp16.json", "safetensors.fp16.index.json"])
+@pytest.mark.parametrize(
+    "shard", [f"{UNET}.fp16-0000{{}}-of-00002.safetensors", f"{UNET}-0000{{}}-of-00002.fp16.safetensors"]
+)
+def test_shards_of_half_precision_under_newer_and_older_names(index, shard):
+    others = [name for name in PUBLISHED if not name.startswith(UNET)]
+    strange = [shard.format(3).replace("fp16", "ema"), f"{UNET}-00001-of-00002.safetensors", f"{UNET}.bin"]
+    named = [shard.format(number) for number in (1, 2)]
+    found = choose([*others, *strange, *named[::-1], f"{UNET}.{index}"], "here")
+    assert found.weights["unet"] == (f"{UNET}.{index}", *named)
 
 
 @pytest.mark.parametrize(
@@ -120,13 +136,13 @@ def test_what_is_no_pipeline(names, message):
 
 def test_pickled_weights_are_refused_by_their_name():
     found = choose([name for name in PUBLISHED if name != "text_encoder/model.safetensors"], "here")
-    pipelines.refuse_pickle(choose(PUBLISHED, "here"), "here")
+    refuse_pickle(choose(PUBLISHED, "here"), "here", allow_pickle=False)
     assert not found.pickled  # the half-precision file is there still
     left = [name for name in PUBLISHED if "text_encoder" not in name or "safetensors" not in name]
-    with pytest.raises(
-        ModelError, match=r"its text_encoder in a pickled file only \(text_encoder/pytorch_model\.bin\)"
-    ):
-        pipelines.refuse_pickle(choose(left, "here"), "here")
+    refuse_pickle(choose(left, "here"), "here", allow_pickle=True)
+    wanted = r"here has weights in a pickled file only \(text_encoder/pytorch_model\.bin\), which allow_pickle = false"
+    with pytest.raises(ModelError, match=wanted):
+        refuse_pickle(choose(left, "here"), "here", allow_pickle=False)
 
 
 # ---- folders

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dbcap.errors import ModelError
-from dbcap.models import hashing, weights
+from dbcap.models import hashing, layout
 from dbcap.models.weights import convert
 
 
@@ -41,7 +41,8 @@ def bare(tmp_path):
 
 
 def run(folder, tmp_path, heard, allow_pickle=True):
-    return convert(folder, cache=tmp_path / "cache", allow_pickle=allow_pickle, events=heard)
+    files = layout.choose_in(folder, "it")
+    return convert(folder, files, cache=tmp_path / "cache", allow_pickle=allow_pickle, events=heard)
 
 
 def metadata(folder):
@@ -186,7 +187,6 @@ def test_shards(published, tmp_path, heard):
     new, old = load_file(converted / "model.safetensors"), load_file(whole / "model.safetensors")
     assert new.keys() == state.keys()
     assert all(torch.equal(new[name], old[name]) for name in old)
-    shard.replace("2", "1")
     (published / shard).unlink()
     with pytest.raises(ModelError, match=f"has no {shard}"):
         run(published, tmp_path, heard)
@@ -288,11 +288,10 @@ def test_a_cache_that_cannot_be_written(published, tmp_path, heard):
 # ---- several processes, kills, memory
 
 CONVERT = """
-import sys, resource
+import resource, sys, torch
 from pathlib import Path
-import torch
 from dbcap.events import Silent
-from dbcap.models import weights
+from dbcap.models import layout, weights
 if sys.argv[3] == "slow":
     real = weights.save_file
     def slowly(*arguments, **named):
@@ -304,7 +303,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 class Say(Silent):
     def say(self, message):
         print(message, flush=True)
-print(weights.convert(Path(sys.argv[1]), cache=Path(sys.argv[2]), allow_pickle=True, events=Say()))
+it = Path(sys.argv[1])
+print(weights.convert(it, layout.choose_in(it, "it"), cache=Path(sys.argv[2]), allow_pickle=True, events=Say()))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -397,4 +397,4 @@ def test_weights_of_the_module_are_detached_from_the_file(bare, tmp_path, heard)
     converted = run(folder, tmp_path, heard)
     shutil.rmtree(folder)
     assert torch.equal(load_file(converted / "model.safetensors")["a"], torch.ones(3))
-    assert weights.choose_in(converted, "it").pickled is False
+    assert not layout.choose_in(converted, "it").pickled

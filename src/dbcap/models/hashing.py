@@ -28,7 +28,7 @@ def content_hash(path: Path, memory: Path) -> str:
     change time stay what they were; the change time cannot be set back, so an edit is always seen.
     """
     real = path.resolve()
-    if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
+    if is_blob(real):
         return real.name
     state = real.stat()
     if state.st_size < _LARGE:
@@ -44,6 +44,11 @@ def content_hash(path: Path, memory: Path) -> str:
         with contextlib.suppress(OSError):  # a folder that cannot be written costs time, nothing else
             write_atomic(memory, json.dumps({**known, str(real): [*stamp, digest]}, indent=1).encode())
     return digest
+
+
+def is_blob(real: Path) -> bool:
+    """Return whether a file is one of the hub's cache that is named by its SHA-256, and so never written to again."""
+    return real.parent.name == "blobs" and _SHA256.fullmatch(real.name) is not None
 
 
 def fingerprint(folder: Path, names: Iterable[str], memory: Path) -> str:

@@ -18,7 +18,7 @@ from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import (
     CONFIG,
     PIPELINE,
-    Choice,
+    Files,
     Kind,
     choose,
     choose_in,
@@ -27,7 +27,6 @@ from dbcap.models.layout import (
     read_config,
     refuse_pickle,
 )
-from dbcap.models.pipelines import PipelineFiles
 from dbcap.models.remote import HubOutOfReachError, ModelFile, RemoteModel
 from dbcap.models.specs import ModelSpec, named_or_folder, parse
 from dbcap.plugins import loader
@@ -39,11 +38,11 @@ _CHECK_SECONDS = 5.0
 """How long the hub may take to say whether a cached model has changed."""
 _ASK_SECONDS = 15.0
 
-_CHOOSERS: dict[str, Callable[[Collection[str], str], Choice | PipelineFiles]] = {
+_CHOOSERS: dict[str, Callable[[Collection[str], str], Files]] = {
     "captioner": choose,
     "diffusion": pipelines.choose,
 }
-_LAYOUTS: dict[str, Callable[[Path, str], Choice | PipelineFiles]] = {
+_LAYOUTS: dict[str, Callable[[Path, str], Files]] = {
     "captioner": choose_in,
     "diffusion": pipelines.choose_in,
 }
@@ -121,13 +120,13 @@ def locate(
     else:
         folder = _own_folder(spec, kind)
         choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
-        _refuse_pickle(choice, spec.text, allow_pickle)
+        refuse_pickle(choice, spec.text, allow_pickle)
         memory = home / "hashes.json"
         revision, files = fingerprint(folder, choice.names, memory), _hashed(folder, choice.names, memory)
     if choice.pickled:
         from dbcap.models import weights  # it imports torch, which no other way through this file needs
 
-        folder = weights.convert(folder, cache=home, allow_pickle=allow_pickle, events=events)
+        folder = weights.convert(folder, choice, cache=home, allow_pickle=allow_pickle, events=events)
     return LocalModel(spec, folder, revision, files)
 
 
@@ -198,15 +197,8 @@ def _from_hub(spec: ModelSpec, kind: str | None, offline: bool, allow_pickle: bo
             return cached
         raise
     choice = _CHOOSERS[kind or _kind_of(found.files)](found.files, spec.text)
-    _refuse_pickle(choice, spec.text, allow_pickle)
+    refuse_pickle(choice, spec.text, allow_pickle)
     return remote.fetch(spec.repo, spec.revision, found, choice.names, events, spec.text), found.commit
-
-
-def _refuse_pickle(choice: Choice | PipelineFiles, where: str, allow_pickle: bool) -> None:
-    if isinstance(choice, Choice):
-        refuse_pickle(choice, where, allow_pickle)
-    else:
-        pipelines.refuse_pickle(choice, where)
 
 
 def _kind_of(names: Collection[str]) -> str:
@@ -274,7 +266,7 @@ def _inspect_folder(spec: ModelSpec, folder: Path, kind: str | None, memory: Pat
         files=_hashed(folder, names, memory),
         licence=_licence(folder),
         description="",
-        pickled=choice is not None and choice.pickled,
+        pickled=choice is not None and bool(choice.pickled),
         cached=True,
         folder=folder,
         problem=problem,
@@ -304,7 +296,7 @@ def _inspect_hub(spec: ModelSpec, kind: str | None, offline: bool, events: Event
         files=tuple(remote.cached_file(folder, name) for name in choice.names),
         licence=_licence(folder),
         description="",
-        pickled=choice.pickled,
+        pickled=bool(choice.pickled),
         cached=True,
         folder=folder,
         problem="",
@@ -335,7 +327,7 @@ def _inspect_remote(spec: ModelSpec, kind: str | None, found: RemoteModel, event
         files=files,
         licence=found.licence,
         description="",
-        pickled=choice is not None and choice.pickled,
+        pickled=choice is not None and bool(choice.pickled),
         cached=cached,
         folder=folder if cached else None,
         problem=problem,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,30 +36,55 @@ _VOCABULARIES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
-_WEIGHTS: tuple[tuple[str, str, bool], ...] = (
-    # file or index, pattern of the shards, is it pickled; the first that is there is taken, as transformers does
-    ("model.safetensors", "", False),
-    ("model.safetensors.index.json", r"model-\d+-of-\d+\.safetensors", False),
-    ("pytorch_model.bin", "", True),
-    ("pytorch_model.bin.index.json", r"pytorch_model-\d+-of-\d+\.bin", True),
+_WEIGHTS = (
+    # file or index, pattern of the shards; the first that is there is taken, as transformers does
+    ("model.safetensors", ""),
+    ("model.safetensors.index.json", r"model-\d+-of-\d+\.safetensors"),
+    ("pytorch_model.bin", ""),
+    ("pytorch_model.bin.index.json", r"pytorch_model-\d+-of-\d+\.bin"),
 )
 _FOREIGN = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ckpt", ".pt", ".pth", ".ot", ".gguf")
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The files of a model that are read."""
+class Files(ABC):
+    """The files that are read of a model of any kind, by their paths inside it."""
 
     small: tuple[str, ...]
-    """Configuration and tokenizer, `config.json` first."""
-    weights: tuple[str, ...]
-    """One file, or an index and its shards."""
-    pickled: bool
+    """Configuration and tokenizers, what tells the kind of model first."""
+
+    @property
+    @abstractmethod
+    def sets(self) -> tuple[tuple[str, ...], ...]:
+        """The weights of each part of the model: one file, or an index and its shards."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether all is there that no loader of ours does without."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them; the weights come last, so that where they are, everything is."""
-        return self.small + self.weights
+        return self.small + tuple(name for files in self.sets for name in files)
+
+    @property
+    def pickled(self) -> tuple[tuple[str, ...], ...]:
+        """Those of `sets` that are pickled."""
+        return tuple(files for files in self.sets if is_pickled(files[0]))
+
+
+@dataclass(frozen=True)
+class Choice(Files):
+    """The files of a captioner that are read."""
+
+    small: tuple[str, ...]
+    weights: tuple[str, ...]
+    """One file, or an index and its shards."""
+
+    @property
+    def sets(self) -> tuple[tuple[str, ...], ...]:
+        """The one set of weights."""
+        return (self.weights,)
 
     @property
     def complete(self) -> bool:
@@ -69,7 +95,7 @@ class Choice:
     @property
     def index(self) -> str:
         """The index of sharded weights, or an empty string."""
-        return self.weights[0] if self.weights[0].endswith(".index.json") else ""
+        return self.weights[0] if is_index(self.weights[0]) else ""
 
 
 def choose(names: Collection[str], where: str) -> Choice:
@@ -80,10 +106,10 @@ def choose(names: Collection[str], where: str) -> Choice:
         raise ModelError(f"{where} has no {CONFIG}", "it does not hold a model that transformers can load")
     vocabulary = (_TOKENIZER,) if _TOKENIZER in names else _VOCABULARIES
     small = tuple(name for name in (CONFIG, *_SMALL, *vocabulary) if name in names)
-    for name, shards, pickled in _WEIGHTS:
+    for name, shards in _WEIGHTS:
         if name in names:
             parts = sorted(part for part in names if shards and re.fullmatch(shards, part))
-            return Choice(small, (name, *parts), pickled)
+            return Choice(small, (name, *parts))
     others = sorted(name for name in names if name.endswith(_FOREIGN))
     raise ModelError(
         f"{where} has no weights that dbcap reads (model.safetensors or pytorch_model.bin)",
@@ -91,11 +117,12 @@ def choose(names: Collection[str], where: str) -> Choice:
     )
 
 
-def refuse_pickle(choice: Choice, where: str, allow_pickle: bool) -> None:
-    """Raise `ModelError` if the chosen weights are pickled and that is not allowed."""
+def refuse_pickle(choice: Files, where: str, allow_pickle: bool) -> None:
+    """Raise `ModelError` if chosen weights are pickled and that is not allowed."""
     if choice.pickled and not allow_pickle:
+        name = choice.pickled[0][0]
         raise ModelError(
-            f"{where} has its weights in a pickled file only ({choice.weights[0]}), which allow_pickle = false refuses",
+            f"{where} has weights in a pickled file only ({name}), which allow_pickle = false refuses",
             "allow them, or choose a model with safetensors",
         )
 
@@ -109,7 +136,17 @@ def choose_in(folder: Path, where: str) -> Choice:
     for part in parts:
         if not (folder / part).is_file():
             raise ModelError(f"{where} has no {part}, which {choice.index} names", "fetch or copy the model again")
-    return Choice(choice.small, (choice.index, *parts), choice.pickled)
+    return Choice(choice.small, (choice.index, *parts))
+
+
+def is_index(name: str) -> bool:
+    """Return whether the file of this name says which shard has which weight: `*.index.json`, `*.index.fp16.json`."""
+    return ".index." in name
+
+
+def is_pickled(name: str) -> bool:
+    """Return whether weights are pickled, by the name of their file or index."""
+    return name.endswith((".bin", ".bin.index.json"))
 
 
 def shards(index: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbcap.errors import ModelError
-from dbcap.models.layout import CONFIG, PIPELINE, count_in, shards
+from dbcap.models.layout import CONFIG, PIPELINE, Files, count_in, is_index, is_pickled, shards
 
 _SMALL = {
     "unet": (CONFIG,),
@@ -28,23 +28,30 @@ IDENTITY = "dbcap.json"
 """What a model that dbcap trained says about itself: its identifier and its class word."""
 
 _STEMS = ("diffusion_pytorch_model", "model")
-_ENDINGS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin", "bin.index.json")
+_ENDINGS = (
+    "safetensors",
+    "safetensors.index.json",
+    "fp16.safetensors",
+    "safetensors.index.fp16.json",
+    "safetensors.fp16.index.json",  # the older name
+    "bin",
+    "bin.index.json",
+)
 _PICKLED_STEM = "pytorch_model"
 
 
 @dataclass(frozen=True)
-class PipelineFiles:
-    """The files of a pipeline that are read, by their paths inside it."""
+class PipelineFiles(Files):
+    """The files of a pipeline that are read."""
 
     small: tuple[str, ...]
     weights: dict[str, tuple[str, ...]]
     """Part -> its files; of sharded weights the index comes first."""
-    pickled: bool
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """All of them, weights last."""
-        return self.small + tuple(name for files in self.weights.values() for name in files)
+    def sets(self) -> tuple[tuple[str, ...], ...]:
+        """The files of each part."""
+        return tuple(self.weights.values())
 
     @property
     def complete(self) -> bool:
@@ -78,8 +85,7 @@ def choose(names: Collection[str], where: str, *, safety: bool = False) -> Pipel
             weights[part] = found
         elif part in _NEEDED or f"{part}/{CONFIG}" in names:
             raise ModelError(f"{where} has no weights that dbcap reads for its {part}", "choose another --model")
-    pickled = any(name.endswith((".bin", ".bin.index.json")) for files in weights.values() for name in files)
-    return PipelineFiles(tuple(small), weights, pickled)
+    return PipelineFiles(tuple(small), weights)
 
 
 def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
@@ -88,10 +94,12 @@ def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
             name = f"{part}/{stem}.{ending}"
             if name not in names:
                 continue
-            if not ending.endswith("index.json"):
+            if not is_index(name):
                 return (name,)
-            kind = ending.partition(".")[0]
-            pattern = re.compile(rf"{part}/{stem}-\d+-of-\d+\.{kind}")
+            kind, number = ending.partition(".")[0], r"-\d+-of-\d+"
+            # the variant stands before the number, in older files behind it
+            numbered = rf"(\.fp16{number}|{number}\.fp16)" if "fp16" in ending else number
+            pattern = re.compile(rf"{part}/{stem}{numbered}\.{kind}")
             return (name, *sorted(one for one in names if pattern.fullmatch(one)))
     return ()
 
@@ -111,19 +119,9 @@ def choose_in(folder: Path, where: str, *, safety: bool = False) -> PipelineFile
 
 def _indexed(folder: Path, part: str, files: tuple[str, ...]) -> tuple[str, ...]:
     """Return an index and exactly the shards that it names; a lone file as it is."""
-    if not files[0].endswith(".index.json"):
+    if not is_index(files[0]):
         return files
     return (files[0], *(f"{part}/{shard}" for shard in shards(folder / files[0])))
-
-
-def refuse_pickle(choice: PipelineFiles, where: str) -> None:
-    """Raise `ModelError` for weights that exist as a pickled file only."""
-    for part, files in choice.weights.items():
-        if files[0].endswith((".bin", ".bin.index.json")):
-            raise ModelError(
-                f"{where} has the weights of its {part} in a pickled file only ({files[0]})",
-                "choose a model with safetensors",
-            )
 
 
 def class_name(folder: Path) -> str:
@@ -138,12 +136,12 @@ def class_name(folder: Path) -> str:
 def weight_files(part: Path) -> list[Path]:
     """Return the safetensors files in the folder of one part, in no order that matters."""
     found = _weights(part.name, {f"{part.name}/{path.name}" for path in part.iterdir() if path.is_file()})
-    if not found or found[0].endswith((".bin", ".bin.index.json")):
+    if not found or is_pickled(found[0]):
         raise ModelError(f"{part} has no weights in safetensors files", "fetch or copy the model again")
-    return [part.parent / name for name in _indexed(part.parent, part.name, found) if not name.endswith(".index.json")]
+    return [part.parent / name for name in _indexed(part.parent, part.name, found) if not is_index(name)]
 
 
 def count_parameters(folder: Path) -> int:
     """Return the number of weights of a pipeline. Raises `ModelError` for a damaged file."""
     weights = choose_in(folder, str(folder)).weights.values()
-    return count_in(folder / name for files in weights for name in files if not name.endswith(".index.json"))
+    return count_in(folder / name for files in weights for name in files if not is_index(name))

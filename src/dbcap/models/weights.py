@@ -1,7 +1,8 @@
 """Pickled weights, read by torch's loader that runs no code, and written once as safetensors into the cache.
 
-`CACHE/converted/KEY/` holds `model.safetensors` and copies of the small files, ready for `from_pretrained`. KEY is the
-SHA-256 over the names and content hashes of all that was read: an edited tokenizer or configuration makes a new one.
+`CACHE/converted/KEY/` holds the whole model, ready for `from_pretrained`: safetensors of what was pickled, and a copy
+of all else that is read. KEY is the SHA-256 over the names and content hashes of what was read: an edited tokenizer or
+configuration makes a new one.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dbcap.errors import ModelError
 from dbcap.events import Events
 from dbcap.files import in_units, sync_folder
-from dbcap.models.hashing import fingerprint
-from dbcap.models.layout import CONFIG, Choice, choose_in, read_config, refuse_pickle
+from dbcap.models.hashing import fingerprint, is_blob
+from dbcap.models.layout import CONFIG, Files, is_index, read_config, refuse_pickle
 from dbcap.models.waiting import waiting_lock
 
 State = dict[str, torch.Tensor]
@@ -43,14 +45,14 @@ _DAMAGED = (
 """What the loader raises on bytes that make no sense."""
 
 
-def convert(folder: Path, *, cache: Path, allow_pickle: bool, events: Events) -> Path:
-    """Return a folder with the model of `folder` in safetensors: itself if it has them, else the converted copy.
+def convert(folder: Path, choice: Files, *, cache: Path, allow_pickle: bool, events: Events) -> Path:
+    """Return a folder with the files `choice` of `folder`, in safetensors: itself if they are, else the converted copy.
 
-    The conversion is made once and said; the copy keeps every tensor's type. Peak memory is one copy of the weights
-    (mapped from the file where its format allows it). Safe with several processes. Raises `ModelError` for a file that
-    holds more than tensors (such a file can run code, and is not read), a damaged one, and any if not `allow_pickle`.
+    The conversion is made once and said; the copy keeps every tensor's type. Peak memory is one copy of one part's
+    weights (mapped from the file where its format allows it). Safe with several processes. Raises `ModelError` for a
+    file that holds more than tensors (such a file can run code, and is not read), a damaged one, and any if not
+    `allow_pickle`.
     """
-    choice = choose_in(folder, str(folder))
     if not choice.pickled:
         return folder
     refuse_pickle(choice, str(folder), allow_pickle)
@@ -69,29 +71,66 @@ def convert(folder: Path, *, cache: Path, allow_pickle: bool, events: Events) ->
     return target
 
 
-def _convert(folder: Path, choice: Choice, target: Path, events: Events) -> None:
-    files = [folder / name for name in choice.weights if name != choice.index]
-    size = in_units(sum(file.stat().st_size for file in files))
-    events.say(f"converting the pickled {choice.weights[0]} ({size}) to safetensors, once, without running code in it")
-    state: State = {}
-    for file in files:
-        state.update(_read(file))
+def _convert(folder: Path, choice: Files, target: Path, events: Events) -> None:
+    size = in_units(sum((folder / name).stat().st_size for files in choice.pickled for name in files))
+    first, *others = (files[0] for files in choice.pickled)
+    what = f"{first} and {len(others)} more" if others else first
+    events.say(f"converting the pickled {what} ({size}) to safetensors, once, without running any code")
     temporary = target.parent / f"{target.name[:16]}.tmp"  # ours alone: we hold the lock
     temporary.mkdir()
     try:
-        ready, aliases = _storable(state, read_config(folder) or {})
-        save_file(ready, temporary / "model.safetensors", metadata={"format": "pt", **aliases})
+        for name in choice.names:
+            (temporary / name).parent.mkdir(exist_ok=True)
         for name in choice.small:
             shutil.copyfile(folder / name, temporary / name)
-        shutil.copymode(temporary / CONFIG, temporary / "model.safetensors")  # it was made for its owner only
-        for path in temporary.iterdir():
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
+        # What ties its embeddings has a configuration of its own: a captioner, and no part of a pipeline.
+        config = read_config(folder) if CONFIG in choice.small else None
+        for files in choice.pickled:
+            written = _write(folder, files, config, temporary)
+            shutil.copymode(temporary / choice.small[0], written)  # it was made for its owner only
+        for files in choice.sets:
+            for name in files if files not in choice.pickled else ():
+                _link_or_copy(folder / name, temporary / name)
+        _sync(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(target.parent)
+
+
+def _write(folder: Path, files: tuple[str, ...], config: Mapping[str, Any] | None, target: Path) -> Path:
+    """Write the weights in pickled files of `folder` as one file of safetensors in `target`, and return that."""
+    state: State = {}
+    for name in files:
+        if not is_index(name):
+            state.update(_read(folder / name))
+    ready, aliases = _storable(state, config)
+    part, _, name = files[0].rpartition("/")
+    stem = name.partition(".")[0].removeprefix("pytorch_")  # pytorch_model.bin is model.safetensors to transformers
+    written = target / part / f"{stem}.safetensors"
+    save_file(ready, written, metadata={"format": "pt", **aliases})
+    return written
+
+
+def _link_or_copy(file: Path, copy: Path) -> None:
+    """Give `copy` the content of a file for good: without room for a second one where nobody writes to the first."""
+    real = file.resolve()  # a link to the link would lead nowhere when the hub's cache is emptied
+    if is_blob(real):
+        with contextlib.suppress(OSError):  # another file system, or one without links
+            os.link(real, copy)
+            return
+    shutil.copyfile(real, copy)
+
+
+def _sync(folder: Path) -> None:
+    """Make all below a folder survive a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def _read(file: Path) -> State:
@@ -133,11 +172,11 @@ def _holds_code(file: Path, refusal: str) -> ModelError:
     )
 
 
-def _storable(state: State, config: Mapping[str, Any]) -> tuple[State, dict[str, str]]:
+def _storable(state: State, config: Mapping[str, Any] | None) -> tuple[State, dict[str, str]]:
     """Return the tensors as safetensors can hold them, and which names were left out for which others.
 
     Tied weights, two names of one tensor, are stored once, under the first name, unless `config` says they are not
-    tied. Other views of one memory block become tensors of their own.
+    tied, or is None. Other views of one memory block become tensors of their own.
     """
     blocks: dict[int, list[str]] = defaultdict(list)
     for name, tensor in state.items():
@@ -151,7 +190,7 @@ def _storable(state: State, config: Mapping[str, Any]) -> tuple[State, dict[str,
             tensor = state[name]
             view = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
             first = kept.setdefault(view, name)
-            if first != name and _tied(name, config):
+            if first != name and config is not None and _tied(name, config):
                 aliases[name] = first
                 del ready[name]
             elif len(names) > 1 and name != names[0]:
@@ -175,8 +214,8 @@ def _writing(folder: Path) -> Iterator[None]:
     """Turn a failure to write the cache into a `ModelError`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk in its own way
         raise ModelError(
-            f"cannot convert weights into {folder}: {error.strerror or error}",
+            f"cannot convert weights into {folder}: {getattr(error, 'strerror', None) or error}",
             "make room there, or choose another place with DBCAP_HOME",
         ) from error
