@@ -19,11 +19,11 @@ from full_size import END, TOKENS
 from transformers import VisionEncoderDecoderModel
 
 from dbcap.captioning.decoding import Decoding
-from dbcap.captioning.engines.packed import Linear
 from dbcap.captioning.engines.torch import TorchEngine
 from dbcap.captioning.loading import load_weights
 from dbcap.captioning.search import Special, search
 from dbcap.models import cpu
+from dbcap.models.packed import Linear
 
 RUNS = 5
 WORK = {

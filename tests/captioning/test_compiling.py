@@ -7,9 +7,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 
 from dbcap.captioning.decoding import Decoding
-from dbcap.captioning.engines import packed
 from dbcap.errors import DbcapError
 from dbcap.events import Silent
+from dbcap.models import packed
 
 
 @pytest.fixture

@@ -238,7 +238,7 @@ class GenerateConfig(ComputeConfig):
         group=COMPUTE,
         metavar="FILE",
     )
-    low_memory: bool = option(False, "Attend in slices and decode in tiles: slower, in less memory.", group=COMPUTE)
+    low_memory: bool = option(False, "Decode in tiles: slower, in less memory.", group=COMPUTE)
 
     num_images: Count = option(1, "Images for each prompt.", "-n", group=SAMPLING)
     seed: Literal["random"] | Seed = option(

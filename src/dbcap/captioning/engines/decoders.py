@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dbcap.captioning.engines.packed import Linear
+from dbcap.models.packed import Linear
 
 
 @dataclass(frozen=True)

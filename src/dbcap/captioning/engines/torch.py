@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from dbcap.captioning.engines import attention, decoders, packed
+from dbcap.captioning.engines import attention, decoders
 from dbcap.captioning.engines.decoders import Layer
 from dbcap.captioning.rules import Best, Ids
+from dbcap.models import packed
 from dbcap.models.libraries import compile_module
 from dbcap.models.mapped import trim
 

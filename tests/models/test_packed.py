@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from dbcap.captioning.engines import packed
-from dbcap.captioning.engines.packed import FUSED, Linear, can_pack, pack_linears
+from dbcap.models import packed
+from dbcap.models.packed import FUSED, Linear, can_pack, pack_linears
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = ["", *FUSED, "quick_gelu", "silu"]

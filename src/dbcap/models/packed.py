@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie as the CPU multiplies them fastest.
+"""Linear layers and convolutions whose weights lie as the CPU multiplies them fastest.
 
 oneDNN packs a weight into blocks before it multiplies; packed once, a layer skips that at every call. Measured with
 torch 2.13 on 2 cores of an AMD EPYC with AVX512-BF16, 768 -> 3072: in bfloat16 1 row 0.18 -> 0.11 ms, 32 rows
@@ -75,6 +75,53 @@ def _packs(dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError, NotImplementedError):
         return False
     return bool((product == 16).all())
+
+
+class Convolution(nn.Module):
+    """A plain 2-D convolution: x (B, C, H, W) -> (B, D, H', W'), channels last.
+
+    The blocks of a weight depend on the shape of x. It is packed anew for each other one, so that a result does not
+    depend on the shapes before.
+    """
+
+    def __init__(self, layer: nn.Conv2d, release: Callable[[], None]) -> None:
+        super().__init__()
+        self._weight, self._release = layer.weight.detach(), release
+        self._bias = None if layer.bias is None else layer.bias.detach()
+        self._places = list(layer.padding), list(layer.stride), list(layer.dilation), layer.groups
+        self._shape: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve."""
+        padding, stride, dilation, groups = self._places
+        if (shape := list(x.shape)) != self._shape:
+            self._pack(shape)
+        return torch.ops.mkldnn._convolution_pointwise(
+            x, self._weight, self._bias, padding, stride, dilation, groups, "none", [], ""
+        )
+
+    def _pack(self, shape: list[int]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self._weight.to_dense() if self._weight.is_mkldnn else self._weight
+            padding, stride, dilation, groups = self._places
+            self._weight = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, padding, stride, dilation, groups, shape
+            )
+        self._shape = shape
+        self._release()
+
+
+def pack_convolutions(module: nn.Module, release: Callable[[], None]) -> None:
+    """Replace every plain `nn.Conv2d` inside a module that can be packed; `release` as in `pack_linears`."""
+    for name, child in module.named_children():
+        if type(child) is nn.Conv2d and _can_pack_convolution(child):
+            setattr(module, name, Convolution(child, release))
+        else:
+            pack_convolutions(child, release)
+
+
+def _can_pack_convolution(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str) and can_pack(layer.weight)
 
 
 def pack_linears(module: nn.Module, release: Callable[[], None]) -> None:
