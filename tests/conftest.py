@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,12 +41,48 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
+    """Return a function that gives `tiny_diffusion` with a safety checker of this threshold: -2 flags all, 2 none."""
+    from dbcap.testing.diffusion import write_diffusion  # it loads torch and diffusers
+
+    @cache
+    def make(threshold: float) -> Path:
+        return write_diffusion(tmp_path_factory.mktemp("diffusion") / "checked", safety=threshold)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dividing(checked: Callable[[float], Path]) -> Callable[..., float]:
+    """Return a function that gives a threshold far from any of these pictures, RGB arrays: it flags some, not all."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+
+    def call(pictures: list[Any]) -> float:
+        pipeline = StableDiffusionPipeline.from_pretrained(checked(2), dtype=torch.float32)
+        checker, cosines = pipeline.safety_checker, []
+        for picture in map(Image.fromarray, pictures):
+            given = pipeline.feature_extractor(picture, return_tensors="pt").pixel_values
+            with torch.no_grad():
+                seen = checker.visual_projection(checker.vision_model(given).pooler_output)
+            cosines.append(torch.cosine_similarity(seen, checker.concept_embeds).max().item())
+        gap, between = max((high - low, (high + low) / 2) for low, high in pairwise(sorted(cosines)))
+        assert gap > 0.003  # scores are rounded to 0.001
+        return float(between)
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def family() -> Callable[..., Any]:
     """Return a function that loads a folder's family object."""
     from dbcap.models.families import load
+    from dbcap.models.hub import LocalModel
+    from dbcap.models.specs import parse
 
     def call(folder: Path, dtype: str = "float32") -> Any:
-        local: Any = SimpleNamespace(spec=SimpleNamespace(text=folder.name, kind="folder"), folder=folder)
+        local = LocalModel(parse(str(folder)), folder, "", ())
         return load(local, "cpu", dtype)
 
     return call

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import agreement
 import batch_sizes
 import command_line
+import diffusion
 import engine
 import memory
 import startup
@@ -26,6 +27,7 @@ BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "engine": engine.measure,
     "batch-sizes": batch_sizes.measure,
     "command-line": command_line.measure,
+    "diffusion": diffusion.measure,
     "agreement": agreement.measure,
 }
 RESULTS = Path(__file__).parents[2] / "bench-results"

@@ -69,6 +69,7 @@ VALUES = {
     "generate.negative": ("blurry, {bad|worse}", "blurry, {bad|worse}"),
     "generate.long_prompt": ("chunk", "chunk"),
     "generate.model": ("./my dog", "./my dog"),
+    "generate.base": ("./sd15", "./sd15"),
     "generate.lora": ('["a.safetensors:0.5", "b c.safetensors"]', ("a.safetensors:0.5", "b c.safetensors")),
     "generate.embedding": ('["dog.safetensors"]', ("dog.safetensors",)),
     "generate.low_memory": ("true", True),
@@ -94,6 +95,7 @@ VALUES = {
     "generate.lock": ("/tmp/lock", "/tmp/lock"),
     "generate.dry_run": ("true", True),
     "generate.max_time": ("1h30m", "1h30m"),
+    "generate.safety": ("true", True),
     "generate.on_error": ("stop", "stop"),
 }
 

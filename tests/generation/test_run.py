@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dbcap.cli.app import run as command
 from dbcap.files import Lock
@@ -304,3 +304,33 @@ def test_a_prompt_that_becomes_empty_is_named(generate):
     code, lines, err = generate("{a dog|}", "--expand")
     assert (code, lines) == (2, [])
     assert "prompt 1: the prompt is empty" in err
+
+
+def test_a_model_in_one_file_makes_the_same_images(generate, family, tiny_diffusion):
+    family(tiny_diffusion).write_single_file(Path("one.safetensors"))
+    save_file(load_file("one.safetensors"), "bare.safetensors")
+    _, lines, _ = generate("a red dog", "-n", "2")
+    for number, (model, words) in enumerate({"one": (), "bare": ("--base", str(tiny_diffusion))}.items()):
+        out = f"out{number}"
+        code, found, _ = generate("a red dog", "-n", "2", "--out", out, *words, model=f"{model}.safetensors")
+        assert code == 0
+        assert all((pixels(one) == pixels(other)).all() for one, other in zip(found, lines, strict=True))
+        assert facts_of(Path(found[0]))["key"] != facts_of(Path(lines[0]))["key"]
+        Path(f"{model}.safetensors").rename(f"{model}.keep")
+        code, _, err = generate("--like", found[1], "--out", f"like{number}")
+        assert code == 1
+        assert "no such file" in err
+        Path(f"{model}.keep").rename(f"{model}.safetensors")
+        code, again, _ = generate("--like", found[1], "--out", f"like{number}")
+        assert code == 0
+        assert Path(again[0]).read_bytes() == Path(found[1]).read_bytes()
+
+
+def test_a_file_without_configs_says_what_to_fetch(generate, family, tiny_diffusion):
+    family(tiny_diffusion).write_single_file(Path("one.safetensors"))
+    save_file(load_file("one.safetensors"), "bare.safetensors")
+    code, lines, err = generate("a red dog", model="bare.safetensors")
+    assert (code, lines) == (1, [])
+    assert err.count("\n") == 1
+    assert "dbcap models pull stable-diffusion-v1-5/stable-diffusion-v1-5" in err
+    assert not Path("outputs").exists()

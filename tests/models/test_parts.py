@@ -13,6 +13,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedM
 
 from dbcap.errors import ModelError
 from dbcap.models import parts
+from dbcap.models.libraries import clear_errors
+from dbcap.models.mapped import MappedWeights
+from dbcap.models.pipelines import weight_files
 
 PARTS = [
     ("sd", "unet", UNet2DConditionModel),
@@ -25,8 +28,12 @@ OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def load(kind, folder, dtype=torch.float32):
-    loader = parts.transformers_model if issubclass(kind, PreTrainedModel) else parts.diffusers_model
-    return loader(kind, folder, "here", dtype, [])
+    where = f"the {folder.name} of here"
+    with clear_errors("here"):
+        weights = MappedWeights(weight_files(folder))
+        if issubclass(kind, PreTrainedModel):
+            return parts.transformers_model(kind, folder, weights, where, dtype)
+        return parts.diffusers_model(kind, kind.load_config(folder), weights, where, dtype)
 
 
 def refusal(kind, folder):

@@ -17,8 +17,9 @@ from transformers import CLIPTextModel
 from dbcap.cli.app import run as command
 from dbcap.config import paths
 from dbcap.errors import ModelError
-from dbcap.models import parts, pipelines, remote, weights
+from dbcap.models import parts, pipelines, remote
 from dbcap.models.hub import inspect, locate
+from dbcap.models.mapped import MappedWeights
 
 PAINTER = "org/painter"
 UNET = "unet/diffusion_pytorch_model"
@@ -138,19 +139,17 @@ def test_shards_in_safetensors_stay_shards(pickled, heard, tiny_diffusion):
     assert len(pipelines.weight_files(model.folder / "unet")) > 1
 
 
-def test_what_the_safety_checker_has_is_converted_where_it_is_read(pickled, heard):
-    folder = pickled("unet")
-    (folder / "safety_checker").mkdir()
-    (folder / "safety_checker/config.json").write_text("{}")
-    torch.save({"concept_embeds": torch.ones(17, 3)}, folder / "safety_checker/pytorch_model.bin")
-    choice = pipelines.choose_in(folder, "it", safety=True)
-    made = weights.convert(folder, choice, cache=paths.cache_dir(), allow_pickle=True, events=heard)
-    assert torch.equal(load_file(made / "safety_checker/model.safetensors")["concept_embeds"], torch.ones(17, 3))
-    assert pipelines.choose_in(made, "it", safety=True).small == choice.small
-    assert not (paint(folder, heard).folder / "safety_checker").exists()
+def test_what_the_safety_checker_has_is_converted_where_it_is_read(pickled, heard, checked):
+    folder = pickled("unet", "safety_checker", pipeline=checked(2))
+    given = {"kind": "diffusion", "offline": False, "events": heard, "home": paths.cache_dir()}
+    model = locate(str(folder), safety=True, **given)
+    name = weights_name("safety_checker", "safetensors")
+    equal(load_file(model.folder / name), load_file(checked(2) / name))
+    assert (model.folder / "feature_extractor/preprocessor_config.json").is_file()
+    assert not (locate(str(folder), **given).folder / "safety_checker").exists()
 
 
-def test_in_a_part_nothing_is_tied_and_old_buffers_stay(pickled, heard, tiny_diffusion):
+def test_in_a_part_nothing_is_tied_and_old_buffers_stay(pickled, heard):
     folder = pickled("text_encoder")
     file = folder / "text_encoder/pytorch_model.bin"
     state = torch.load(file, weights_only=True)
@@ -161,7 +160,8 @@ def test_in_a_part_nothing_is_tied_and_old_buffers_stay(pickled, heard, tiny_dif
     made = load_file(model.folder / "text_encoder/model.safetensors")
     assert torch.equal(made["text_model.embeddings.position_ids"], torch.arange(16)[None])
     assert torch.equal(made[first], made[first.replace("layers.0", "layers.1")])
-    loaded = parts.transformers_model(CLIPTextModel, model.folder / "text_encoder", "it", torch.float32, [])
+    weights = MappedWeights([model.folder / "text_encoder/model.safetensors"])
+    loaded = parts.transformers_model(CLIPTextModel, model.folder / "text_encoder", weights, "it", torch.float32)
     assert torch.equal(loaded.state_dict()[first], state[first])
 
 
@@ -347,7 +347,7 @@ def _older(shard):
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["newer names", "older names"])
-def test_shards_of_half_precision(older, hub, heard, pickled, tiny_diffusion):
+def test_shards_of_half_precision(older, hub, heard, pickled, tiny_diffusion, family):
     started = hub()
     folder = started.repo(PAINTER)
     shutil.copytree(tiny_diffusion, folder, dirs_exist_ok=True)
@@ -363,8 +363,7 @@ def test_shards_of_half_precision(older, hub, heard, pickled, tiny_diffusion):
             found = {name: tensor for file in files for name, tensor in load_file(file).items()}
             wanted = load_file(tiny_diffusion / weights_name(part, "safetensors"))
             equal(found, {name: tensor.half() for name, tensor in wanted.items()})
-        loaded = parts.diffusers_model(UNet2DConditionModel, model.folder / "unet", "it", torch.float16, [])
-        assert loaded.dtype == torch.float16
+        assert family(model.folder, "float16").unet.dtype == torch.float16
     assert paint(PAINTER, heard, offline=True).revision == started.commit(PAINTER)
     (lost,) = (folder / "unet").glob("*00001-of-*")
     lost.unlink()

@@ -21,7 +21,11 @@ app = App()
 
 Spec = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="starter, org/name[@revision] on the hub, or a folder.", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="starter, org/name[@revision] on the hub, a folder, or a .safetensors file.",
+        show_default=False,
+    ),
 ]
 
 

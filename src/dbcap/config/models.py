@@ -221,10 +221,17 @@ class GenerateConfig(ComputeConfig):
 
     model: Text = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Diffusion model: starter, org/name[@revision] on the hub, or a folder.",
+        "Diffusion model: starter, org/name[@revision] on the hub, a folder, or a .safetensors file.",
         "-m",
         group=COMPUTE,
         metavar="MODEL",
+    )
+    base: str | None = option(
+        None,
+        "Take configs and tokenizers of a one-file --model from this folder.",
+        group=COMPUTE,
+        metavar="FOLDER",
+        unset="from the file's header, or the hub's cache",
     )
     lora: tuple[str, ...] = option(
         (),
@@ -292,6 +299,7 @@ class GenerateConfig(ComputeConfig):
         takes="a time such as 45s, 30m or 1h30m",
         unset="until all are made",
     )
+    safety: bool = option(False, "Fail images that the model's safety checker flags, if it has one.", group=OUTPUT)
     on_error: Literal["skip", "stop"] = option("skip", "Go on after an image that failed, or stop.", group=OUTPUT)
 
     @model_validator(mode="after")

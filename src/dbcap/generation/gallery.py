@@ -45,9 +45,10 @@ class Gallery:
         self._config, self._again = config, again
         self._folder = Path(config.out)
         self._manifest = Manifest(self._folder)
-        self._model, self._scheduler_config = family.name, family.scheduler_config
+        self._model, self._scheduler_config = family.title, family.scheduler_config
         self._facts = {
             "model": family.address,
+            **({"base": os.path.abspath(os.path.expanduser(config.base))} if config.base else {}),
             "device": choice.device,
             "dtype": choice.dtype,
             "threads": choice.threads,
@@ -56,6 +57,7 @@ class Gallery:
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
             "lora": [str(one) for one in given.additions if not one.embedding],
             "embedding": [str(one) for one in given.additions if one.embedding],
+            **({"safety": True} if config.safety and family.safety else {}),
             "version": __version__,
         }
         self._shows = show.protocol(os.environ, sys.stderr is not None and sys.stderr.isatty()) if config.show else ""

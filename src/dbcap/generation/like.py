@@ -46,7 +46,7 @@ def read(path: str, config: GenerateConfig) -> tuple[Recipe, GenerateConfig]:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise UsageError(f"--like: what {name} says of itself is damaged: {why}") from error
-    files = {"init": facts.get("init"), "mask": facts.get("mask"), "lora": tuple(facts.get("lora", ()))}
+    files = {**{name: facts.get(name) for name in ("base", "init", "mask")}, "lora": tuple(facts.get("lora", ()))}
     files["embedding"] = tuple(facts.get("embedding", ()))
     return recipe, config.model_copy(update={**changes, **files, "num_images": 1})
 

@@ -29,7 +29,11 @@ class Renderer:
         self._conditions: dict[tuple[str, int, tuple[int, int]], Condition] = {}
 
     def prepare(self, planned: Sequence[Planned]) -> None:
-        """Encode every prompt of a plan once, let the text encoder go, and get the denoiser ready."""
+        """Encode every prompt of a plan once, let the text encoder go, and get the other parts ready."""
+        if self._config.safety and self._family.safety:
+            self._family.safety.load()  # now, not after the first steps, it says what is wrong with its files
+        elif self._config.safety:
+            self._events.warn(f"{self._family.name} has no safety checker: images are not checked")
         for one in planned:
             for text in (one.job.prompt, one.job.negative):
                 key = self._text_key(text, one)
@@ -57,6 +61,11 @@ class Renderer:
         """Decode the latents (C, H, W) of one picture -> RGB (height, width, 3)."""
         decoded: npt.NDArray[np.uint8] = self._family.decode(latents).numpy()
         return decoded
+
+    def flags(self, pixels: npt.NDArray[np.uint8]) -> bool:
+        """Return whether the safety checker, if there is one and it is asked for, flags an RGB picture."""
+        checker = self._family.safety if self._config.safety else None
+        return checker is not None and checker.flags(pixels)
 
     @staticmethod
     def _text_key(text: str, one: Planned) -> tuple[str, int, tuple[int, int]]:

@@ -25,7 +25,6 @@ from dbcap.generation.plan import Given, Planned
 from dbcap.generation.renderer import Renderer
 from dbcap.inputs import shown
 from dbcap.models import device, families, hub
-from dbcap.models.pipelines import count_parameters
 
 if TYPE_CHECKING:
     from dbcap.models.families.sd import StableDiffusion
@@ -82,6 +81,8 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
     local = hub.locate(
         config.model,
         kind="diffusion",
+        base=config.base,
+        safety=config.safety,
         offline=common.offline,
         allow_pickle=common.allow_pickle,
         events=events,
@@ -91,7 +92,7 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         device=config.device,
         dtype=config.dtype,
         batch_size=1,
-        parameters=count_parameters(local.folder),
+        parameters=local.parameters,
         threads=recipe.threads if recipe else None,
     )
     for reason in (*choice.why[:2], choice.why[3]):
@@ -200,7 +201,7 @@ class _Run:
         if self._config.batch_size != "auto":
             most = self._config.batch_size
         else:
-            large = count_parameters(family.folder) >= LARGE
+            large = family.parameters >= LARGE
             most = 1 if large else MOST_BATCH
         size = most if self._row is not None else min(most, len(self._planned))
         self._events.detail(f"batch size {size}")
@@ -252,7 +253,11 @@ class _Run:
             if not torch.isfinite(latents[row]).all():
                 self._fail(batch[row], "its numbers ran out of range", "use --dtype float32 or less --guidance")
                 continue
-            path, facts = self._gallery.write(batch[row], row, self._renderer.pixels(latents[row]), seconds)
+            pixels = self._renderer.pixels(latents[row])
+            if self._renderer.flags(pixels):
+                self._fail(batch[row], "the model's safety checker flags it", "use another --seed or prompt")
+                continue
+            path, facts = self._gallery.write(batch[row], row, pixels, seconds)
             self._made += 1
             self._printer.made(batch[row], path, facts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import yaml
 from huggingface_hub import metadata_load, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from dbcap.errors import ModelError, did_you_mean
+from dbcap.errors import ModelError, UsageError, did_you_mean
 from dbcap.events import Events
-from dbcap.models import pipelines, remote
+from dbcap.models import pipelines, remote, single_file
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import (
     CONFIG,
@@ -22,13 +23,15 @@ from dbcap.models.layout import (
     Kind,
     choose,
     choose_in,
+    count_in,
     file_names,
     kind_of,
     read_config,
     refuse_pickle,
 )
 from dbcap.models.remote import HubOutOfReachError, ModelFile, RemoteModel
-from dbcap.models.specs import ModelSpec, named_or_folder, parse
+from dbcap.models.single_file import SingleFile
+from dbcap.models.specs import FORMS, ModelSpec, named_or_folder, parse
 from dbcap.plugins import loader
 from dbcap.plugins.api import Model
 
@@ -42,11 +45,7 @@ _CHOOSERS: dict[str, Callable[[Collection[str], str], Files]] = {
     "captioner": choose,
     "diffusion": pipelines.choose,
 }
-_LAYOUTS: dict[str, Callable[[Path, str], Files]] = {
-    "captioner": choose_in,
-    "diffusion": pipelines.choose_in,
-}
-"""Kind of model -> what says which of its files are read: by their names, and in a folder."""
+"""Kind of model -> what says by their names which of its files are read."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,13 @@ class LocalModel:
     """The commit on the hub; of a folder or a plugin's model the SHA-256 over the files that are read."""
     files: tuple[ModelFile, ...]
     """The files that are read, as their publisher wrote them (before any conversion)."""
+    single: SingleFile | None = None
+    """The one file with all weights, where there is one; then `folder` holds its configs and tokenizers."""
+
+    @property
+    def parameters(self) -> int:
+        """The number of weights of a pipeline. Raises `ModelError` for a damaged file."""
+        return count_in([self.single.path]) if self.single else pipelines.count_parameters(self.folder)
 
 
 @dataclass(frozen=True)
@@ -104,25 +110,39 @@ class CachedModel:
 
 
 def locate(
-    text: str, *, kind: str | None = "captioner", offline: bool, allow_pickle: bool = True, events: Events, home: Path
+    text: str,
+    *,
+    kind: str | None = "captioner",
+    base: str | None = None,
+    safety: bool = False,
+    offline: bool,
+    allow_pickle: bool = True,
+    events: Events,
+    home: Path,
 ) -> LocalModel:
     """Return the model that `text` names, fetched and converted if need be. `home` is dbcap's cache folder.
 
+    `base` is a folder with the configs and tokenizers of a model in one file. With `safety` the files of a pipeline's
+    safety checker are among those that are read, if it has one; its revision is the same.
     `kind` is what it must be; with None it is whichever it is, of several of a plugin the captioner.
     A commit that is cached, and anything with `offline`, asks nobody. A cached branch or tag is checked against the hub
     for a few seconds; if that does not answer, the cached one is used. Raises `UsageError` or `ModelError`.
     """
     spec = _parse(text)
+    if spec.kind == "file":
+        return _one_file(spec, kind, base, home)
+    if base is not None:
+        raise UsageError("--base goes with a --model that is a .safetensors file", f"{text} has its own configs")
     if spec.kind == "hub":
-        folder, commit = _from_hub(spec, kind, offline or remote.forbidden(), allow_pickle, events)
-        choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
+        folder, commit = _from_hub(spec, kind, safety, offline or remote.forbidden(), allow_pickle, events)
+        choice = _layout(folder, spec.text, kind, safety)
         revision, files = commit, tuple(remote.cached_file(folder, name) for name in choice.names)
     else:
         folder = _own_folder(spec, kind)
-        choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
+        choice = _layout(folder, spec.text, kind, safety)
         refuse_pickle(choice, spec.text, allow_pickle)
-        memory = home / "hashes.json"
-        revision, files = fingerprint(folder, choice.names, memory), _hashed(folder, choice.names, memory)
+        memory, images = home / "hashes.json", _layout(folder, spec.text, kind)
+        revision, files = fingerprint(folder, images.names, memory), _hashed(folder, choice.names, memory)
     if choice.pickled:
         from dbcap.models import weights  # it imports torch, which no other way through this file needs
 
@@ -130,7 +150,21 @@ def locate(
     return LocalModel(spec, folder, revision, files)
 
 
-# ---- plugins and folders
+# ---- plugins, folders and files
+
+
+def _one_file(spec: ModelSpec, kind: str | None, base: str | None, home: Path) -> LocalModel:
+    """Return a model in one file. The file with its configs and tokenizers is what its revision stands for."""
+    if kind == "captioner":
+        raise UsageError(f"{spec.text} is a file, and a captioner is a folder", FORMS)
+    assert spec.path is not None
+    found = single_file.read(spec.path.absolute())
+    folder = single_file.folder_of(found, base, home)
+    names, memory = pipelines.small_in(folder), home / "hashes.json"
+    digest = content_hash(found.path, memory)
+    revision = hashlib.sha256(f"{digest}\n{fingerprint(folder, names, memory)}".encode()).hexdigest()
+    file = ModelFile(found.path.name, found.path.stat().st_size, digest)
+    return LocalModel(spec, folder, revision, (*_hashed(folder, names, memory), file), found)
 
 
 def _parse(text: str) -> ModelSpec:
@@ -177,26 +211,34 @@ def _hashed(folder: Path, names: Collection[str], memory: Path) -> tuple[ModelFi
 # ---- the hub
 
 
-def _from_hub(spec: ModelSpec, kind: str | None, offline: bool, allow_pickle: bool, events: Events) -> tuple[Path, str]:
+def _from_hub(
+    spec: ModelSpec, kind: str | None, safety: bool, offline: bool, allow_pickle: bool, events: Events
+) -> tuple[Path, str]:
     """Return the folder of the snapshot and its commit."""
-    cached = _cached(spec, kind)
+    cached = _cached(spec, kind, safety)
     if cached and (offline or remote.COMMIT.fullmatch(spec.revision)):
         return cached
+    checker = not cached and safety and _cached(spec, kind) is not None  # nothing else is missing
+    missing = f"the safety checker of {spec.text}" if checker else spec.text
     if offline:
-        raise _absent(spec, f"{spec.text} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to fetch it")
+        message = f"{missing} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to fetch it"
+        raise _absent(spec, message, checker)
     try:
         found = remote.ask(spec.repo, spec.revision, timeout=_CHECK_SECONDS if cached else _ASK_SECONDS, events=events)
     except HubOutOfReachError as error:
         if cached:
             events.detail(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
             return cached
-        raise _absent(spec, f"{error.message}, and {spec.text} is not in the cache") from error
+        raise _absent(spec, f"{error.message}, and {missing} is not in the cache", checker) from error
     except ModelError as error:
         if cached:
             events.warn(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
             return cached
         raise
     choice = _CHOOSERS[kind or _kind_of(found.files)](found.files, spec.text)
+    if safety and PIPELINE in found.files:
+        told = remote.small_file(spec.repo, found.commit, PIPELINE, events)
+        choice = pipelines.choose(found.files, spec.text, safety=pipelines.has_checker(told.parent))
     refuse_pickle(choice, spec.text, allow_pickle)
     return remote.fetch(spec.repo, spec.revision, found, choice.names, events, spec.text), found.commit
 
@@ -209,24 +251,33 @@ def _kind_in(folder: Path) -> str:
     return _kind_of(file_names(folder))
 
 
-def _cached(spec: ModelSpec, kind: str | None) -> tuple[Path, str] | None:
+def _layout(folder: Path, where: str, kind: str | None, safety: bool = False) -> Files:
+    """Return which files of a folder are read."""
+    if (kind or _kind_in(folder)) == "diffusion":
+        return pipelines.choose_in(folder, where, safety=safety)
+    return choose_in(folder, where)
+
+
+def _cached(spec: ModelSpec, kind: str | None, safety: bool = False) -> tuple[Path, str] | None:
     """Return the cached snapshot of a hub model and its commit, or None if it is not there or not whole."""
     commit = remote.cached_commit(spec.repo, spec.revision)
     folder = remote.snapshot_folder(spec.repo, commit) if commit else None
-    if commit is None or folder is None or not folder.is_dir() or not _whole(folder, kind):
+    if commit is None or folder is None or not folder.is_dir() or not _whole(folder, kind, safety):
         return None
     return folder, commit
 
 
-def _whole(folder: Path, kind: str | None = None) -> bool:
+def _whole(folder: Path, kind: str | None = None, safety: bool = False) -> bool:
     """Return whether a snapshot has all that a model needs; other programs may have fetched a part only."""
     try:
-        return _LAYOUTS[kind or _kind_in(folder)](folder, str(folder)).complete
+        return _layout(folder, str(folder), kind, safety).complete
     except ModelError:
         return False
 
 
-def _absent(spec: ModelSpec, message: str) -> ModelError:
+def _absent(spec: ModelSpec, message: str, checker: bool = False) -> ModelError:
+    if checker:
+        return ModelError(message, "when online, the same command fetches it; without --safety it is not needed")
     return ModelError(
         message, f"when online, `dbcap models pull {spec.text}` fetches it; `--profile starter` works without a hub"
     )
@@ -241,6 +292,8 @@ def inspect(text: str, *, kind: str | None = None, offline: bool, events: Events
     `kind` is what it shall be loaded as; with None it is whichever it is, of several of a plugin the captioner.
     """
     spec = _parse(text)
+    if spec.kind == "file" and spec.path is not None:
+        return _inspect_file(spec, spec.path.absolute(), home)
     if spec.kind == "folder" and spec.path is not None:
         return _inspect_folder(spec, spec.path.absolute(), kind, home / "hashes.json")
     if spec.kind == "named":
@@ -253,7 +306,7 @@ def inspect(text: str, *, kind: str | None = None, offline: bool, events: Events
 def _inspect_folder(spec: ModelSpec, folder: Path, kind: str | None, memory: Path) -> ModelReport:
     choice, problem = None, ""
     try:
-        choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
+        choice = _layout(folder, spec.text, kind)
         names, revision = choice.names, fingerprint(folder, choice.names, memory)
     except ModelError as error:
         problem, revision = error.message, ""
@@ -273,6 +326,28 @@ def _inspect_folder(spec: ModelSpec, folder: Path, kind: str | None, memory: Pat
     )
 
 
+def _inspect_file(spec: ModelSpec, file: Path, home: Path) -> ModelReport:
+    found, problem = single_file.read(file), ""
+    try:
+        single_file.folder_of(found, None, home)
+    except ModelError as error:
+        problem = f"without --base, {error.message}"
+    digest = content_hash(file, home / "hashes.json")
+    return ModelReport(
+        spec=spec,
+        kind="diffusion",
+        model_type=f"{single_file.NAMES[found.kind]}, one file",
+        revision=digest,
+        files=(ModelFile(file.name, file.stat().st_size, digest),),
+        licence="",
+        description="",
+        pickled=False,
+        cached=True,
+        folder=file.parent,
+        problem=problem,
+    )
+
+
 def _inspect_hub(spec: ModelSpec, kind: str | None, offline: bool, events: Events) -> ModelReport:
     cached = _cached(spec, kind)
     message = f"{spec.text} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to ask the hub"
@@ -287,7 +362,7 @@ def _inspect_hub(spec: ModelSpec, kind: str | None, offline: bool, events: Event
     if not cached:
         raise _absent(spec, message)
     folder, commit = cached
-    choice = _LAYOUTS[kind or _kind_in(folder)](folder, spec.text)
+    choice = _layout(folder, spec.text, kind)
     return ModelReport(
         spec=spec,
         kind=kind_of(read_config(folder), file_names(folder)),

@@ -60,6 +60,11 @@ class MappedWeights:
             self._maps.append(mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY))
             self._stamps[descriptor] = file, _stamp(descriptor)
 
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The number format of the largest tensor."""
+        return max((view for mapped in self._maps for _, view in _views(mapped)), key=lambda view: view.numel()).dtype
+
     def check(self) -> None:
         """Raise ModelError where a file was written to since it was opened, as `cp` does, but not renaming over it.
 
@@ -69,8 +74,8 @@ class MappedWeights:
             if _stamp(descriptor) != stamp:
                 raise ModelError(f"{file} was changed while it was in use", "load the model again")
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return all tensors by name; those of floating-point numbers as `dtype`.
+    def tensors(self, dtype: torch.dtype, start: str = "") -> dict[str, torch.Tensor]:
+        """Return all tensors whose names have this start by name; those of floating-point numbers as `dtype`.
 
         Large ones are views of the file where it has them so, and not to be written to; others are copies.
         """
@@ -78,6 +83,8 @@ class MappedWeights:
         read = views = 0
         for mapped in self._maps:
             for name, view in _views(mapped):
+                if not name.startswith(start):
+                    continue
                 wanted = dtype if view.is_floating_point() else view.dtype
                 copy = wanted != view.dtype or view.nbytes <= SMALL
                 found[name] = view.to(wanted, copy=True) if copy else view

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,31 @@ import torch
 from dbcap.errors import ModelError
 from dbcap.models.libraries import clear_errors
 from dbcap.models.mapped import MappedWeights
-from dbcap.models.pipelines import weight_files
 
 # How AutoencoderKL named the layers of its attention until 2023; the published weights of SD 1.x and 2.x still do.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def diffusers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype, files: list[MappedWeights]) -> Any:
-    """Load a part that diffusers defines, and add its files to those in use. Raises ModelError."""
-    with clear_errors(model):
-        config = kind.load_config(folder)
+def diffusers_model(
+    kind: Any, config: Mapping[str, Any], weights: MappedWeights, where: str, dtype: torch.dtype
+) -> Any:
+    """Make a part that diffusers defines, `where` being what to call it. Raises ModelError where it is not whole."""
+    with clear_errors(where):
         with torch.device("meta"):
-            module = kind.from_config(config)
-        weights = MappedWeights(weight_files(folder))
-        files.append(weights)
+            module = kind.from_config(dict(config))
         state = {_new_name(name): tensor for name, tensor in weights.tensors(dtype).items()}
         expected = module.state_dict()
-        _compare(model, folder.name, expected, state)
+        _compare(where, expected, state)
         module.load_state_dict({name: state[name].reshape(expected[name].shape) for name in expected}, assign=True)
         return module.eval().requires_grad_(False)
 
 
-def transformers_model(kind: Any, folder: Path, model: str, dtype: torch.dtype, files: list[MappedWeights]) -> Any:
-    """Load a part that transformers defines, and add its files to those in use. Raises ModelError."""
-    with clear_errors(model):
-        weights = MappedWeights(weight_files(folder))
-        files.append(weights)
+def transformers_model(kind: Any, folder: Path, weights: MappedWeights, where: str, dtype: torch.dtype) -> Any:
+    """Make a part that transformers defines, its config in a folder. Raises ModelError where it is not whole."""
+    with clear_errors(where):
         module, found = from_weights(kind, folder, weights, dtype)
     if wrong := sorted([*found.missing, *found.misshapen]):
-        raise _incomplete(model, folder.name, wrong)
+        raise _incomplete(where, wrong)
     return module.requires_grad_(False)
 
 
@@ -67,10 +64,10 @@ def from_weights(kind: Any, folder: Path, weights: MappedWeights, dtype: torch.d
     return module.eval(), Found(sorted(info["missing_keys"]), misshapen, sorted(info["unexpected_keys"]))
 
 
-def _compare(model: str, part: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+def _compare(where: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
     wrong = [name for name in expected if name not in state or not _fits(state[name], expected[name])]
     if wrong:
-        raise _incomplete(model, part, wrong)
+        raise _incomplete(where, wrong)
 
 
 def _fits(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -78,10 +75,10 @@ def _fits(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return tuple(found.shape) in (tuple(expected.shape), (*expected.shape, 1, 1))
 
 
-def _incomplete(model: str, part: str, names: list[str]) -> ModelError:
+def _incomplete(where: str, names: list[str]) -> ModelError:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return ModelError(
-        f"the {part} of {model} lacks the weight {names[0]}{more}, or has it in another shape",
+        f"{where} lacks the weight {names[0]}{more}, or has it in another shape",
         "the file is incomplete, or belongs to another config.json",
     )
 

@@ -7,10 +7,14 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, PIPELINE, Files, count_in, is_index, is_pickled, shards
 
+CHECKER = "safety_checker"
+"""The part that looks over finished pictures, where there is one."""
+_CHECKER_READS = "feature_extractor/preprocessor_config.json"
 _SMALL = {
     "unet": (CONFIG,),
     "vae": (CONFIG,),
@@ -18,12 +22,12 @@ _SMALL = {
     "text_encoder_2": (CONFIG,),
     "scheduler": ("scheduler_config.json",),
     "feature_extractor": ("preprocessor_config.json",),
-    "safety_checker": (CONFIG,),
+    CHECKER: (CONFIG,),
 }
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 _NEEDED = ("unet", "vae", "text_encoder")
-_OPTIONAL = ("text_encoder_2", "safety_checker")
+_OPTIONAL = ("text_encoder_2", CHECKER)
 IDENTITY = "dbcap.json"
 """What a model that dbcap trained says about itself: its identifier and its class word."""
 
@@ -65,27 +69,52 @@ class PipelineFiles(Files):
 
 
 def choose(names: Collection[str], where: str, *, safety: bool = False) -> PipelineFiles:
-    """Return which files of a pipeline are read. Raises `ModelError`, naming `where`, for what is none."""
+    """Return which files of a pipeline are read, with `safety` those of its safety checker too.
+
+    Raises `ModelError`, naming `where`, for what is no pipeline, or has no weights for a part.
+    """
     if PIPELINE not in names:
         what = "is a captioner, no diffusion pipeline" if CONFIG in names else f"has no {PIPELINE}"
         raise ModelError(f"{where} {what}", "choose another --model")
-    small = [name for name in (PIPELINE, IDENTITY) if name in names]
-    for part, files in _SMALL.items():
-        if safety or part not in ("feature_extractor", "safety_checker"):
-            small += [f"{part}/{file}" for file in files if f"{part}/{file}" in names]
-    for part in _TOKENIZERS:
-        vocabulary = ("tokenizer.json", *_VOCABULARY)
-        small += [f"{part}/{file}" for file in vocabulary if f"{part}/{file}" in names]
     weights = {}
     for part in (*_NEEDED, *_OPTIONAL):
-        if part == "safety_checker" and not safety:
+        if part == CHECKER and not safety:
             continue
         found = _weights(part, names)
         if found:
             weights[part] = found
-        elif part in _NEEDED or f"{part}/{CONFIG}" in names:
+        elif part in (*_NEEDED, CHECKER) or f"{part}/{CONFIG}" in names:
             raise ModelError(f"{where} has no weights that dbcap reads for its {part}", "choose another --model")
-    return PipelineFiles(tuple(small), weights)
+    if safety and _CHECKER_READS not in names:
+        raise ModelError(f"{where} has no {_CHECKER_READS}, which its {CHECKER} needs", "go without --safety")
+    return PipelineFiles(small(names, safety=safety), weights)
+
+
+def small(names: Collection[str], *, safety: bool = False) -> tuple[str, ...]:
+    """Return those of the names that are configs or tokenizers; the one that tells the kind of pipeline first."""
+    found = [name for name in (PIPELINE, IDENTITY) if name in names]
+    for part, files in _SMALL.items():
+        if safety or part not in ("feature_extractor", CHECKER):
+            found += [f"{part}/{file}" for file in files if f"{part}/{file}" in names]
+    for part in _TOKENIZERS:
+        vocabulary = ("tokenizer.json", *_VOCABULARY)
+        found += [f"{part}/{file}" for file in vocabulary if f"{part}/{file}" in names]
+    return tuple(found)
+
+
+def describes(folder: Path, parts: Collection[str]) -> bool:
+    """Return whether a folder has the configs and tokenizers of these parts, whatever weights it has."""
+    names = small_in(folder)
+    return PIPELINE in names and PipelineFiles(names, dict.fromkeys(parts, ())).complete
+
+
+def small_in(folder: Path) -> tuple[str, ...]:
+    """Return the configs and tokenizers in a folder."""
+    return small(_names_in(folder))
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()}
 
 
 def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
@@ -105,9 +134,12 @@ def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def choose_in(folder: Path, where: str, *, safety: bool = False) -> PipelineFiles:
-    """Return which files of `folder` are read; every shard that an index names must be there."""
-    names = {path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file()}
-    choice = choose(names, where, safety=safety)
+    """Return which files of `folder` are read; every shard that an index names must be there.
+
+    With `safety` those of its safety checker too, if it has one.
+    """
+    names = _names_in(folder)
+    choice = choose(names, where, safety=safety and PIPELINE in names and has_checker(folder))
     weights = {}
     for part, files in choice.weights.items():
         weights[part] = _indexed(folder, part, files)
@@ -126,11 +158,24 @@ def _indexed(folder: Path, part: str, files: tuple[str, ...]) -> tuple[str, ...]
 
 def class_name(folder: Path) -> str:
     """Return the class that `model_index.json` names. Raises `ModelError` if it is no JSON object."""
+    return str(_index(folder).get("_class_name") or "")
+
+
+def has_checker(folder: Path) -> bool:
+    """Return whether `model_index.json` names a safety checker of Stable Diffusion's kind. Raises as `class_name`."""
+    named = _index(folder).get(CHECKER)
+    return isinstance(named, list) and named[-1:] == ["StableDiffusionSafetyChecker"]
+
+
+def _index(folder: Path) -> dict[str, Any]:
     path = folder / PIPELINE
     try:
-        return str(json.loads(path.read_bytes()).get("_class_name") or "")
-    except (OSError, ValueError, AttributeError) as error:
+        index = json.loads(path.read_bytes())
+        if not isinstance(index, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
+    return index
 
 
 def weight_files(part: Path) -> list[Path]:

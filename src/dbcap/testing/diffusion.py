@@ -13,11 +13,19 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from dbcap.testing.models import WORDS
 
@@ -28,10 +36,13 @@ SIZE = 32
 _WIDTH = 32
 
 
-def write_diffusion(folder: Path, *, xl: bool = False, seed: int = 0, inpaints: bool = False) -> Path:
+def write_diffusion(
+    folder: Path, *, xl: bool = False, seed: int = 0, inpaints: bool = False, safety: float | None = None
+) -> Path:
     """Write a Stable Diffusion pipeline, or one of XL, that makes pictures of 32x32 noise; returns `folder`.
 
     The autoencoder has a factor of 4; `inpaints` gives the denoiser the five more channels of inpainting models.
+    `safety` adds a safety checker that flags pictures above this cosine: -2 flags all, 2 none. XL has none.
     """
     torch.manual_seed(seed)
     tokenizer = _tokenizer()
@@ -70,9 +81,9 @@ def write_diffusion(folder: Path, *, xl: bool = False, seed: int = 0, inpaints: 
         pipeline = StableDiffusionPipeline(
             **common,
             text_encoder=CLIPTextModel(text),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            safety_checker=None if safety is None else _checker(safety),
+            feature_extractor=None if safety is None else _processor(),
+            requires_safety_checker=safety is not None,
         )
     pipeline.save_pretrained(folder)
     return folder
@@ -86,6 +97,28 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     plain.post_processor = TemplateProcessing(single="<start> $A <end>", special_tokens=around)
     marks = {"bos_token": "<start>", "eos_token": "<end>", "pad_token": "<end>", "unk_token": "v"}
     return PreTrainedTokenizerFast(tokenizer_object=plain, model_max_length=LENGTH, **marks)
+
+
+def _checker(threshold: float) -> StableDiffusionSafetyChecker:
+    vision = {
+        "hidden_size": _WIDTH,
+        "intermediate_size": 2 * _WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": SIZE // 2,
+        "patch_size": 4,
+    }
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=_WIDTH))
+    for embeddings in (checker.concept_embeds, checker.special_care_embeds):
+        torch.nn.init.normal_(embeddings)
+    for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        torch.nn.init.constant_(thresholds, threshold)
+    return checker
+
+
+def _processor() -> CLIPImageProcessorPil:
+    side = SIZE // 2
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
 
 def _unet(xl: bool, inpaints: bool) -> UNet2DConditionModel:

@@ -8,7 +8,7 @@ The names are read off modules that the configs describe, made without memory, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dbcap.errors import ModelError
 from dbcap.models.libraries import clear_errors
+from dbcap.models.mapped import MappedWeights
+from dbcap.models.single_file import CLIP, TEXTS, UNET, VAE, SingleFile
 
 Table = dict[str, str]
 """Module of diffusers or transformers -> key of the original, with `*` where `weight` or `bias` stands."""
 
-_UNET = "model.diffusion_model."
-_VAE = "first_stage_model."
-_CLIP = "transformer.text_model."
-_TEXTS = {
-    "sd1": {"text_encoder": "cond_stage_model." + _CLIP},
-    "sd2": {"text_encoder": "cond_stage_model.model."},
-    "xl": {"text_encoder": "conditioner.embedders.0." + _CLIP, "text_encoder_2": "conditioner.embedders.1.model."},
-}
-"""Kind -> text encoder -> what its keys begin with."""
 _SCHEDULE = {
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "logvar"),
@@ -61,14 +54,6 @@ class _Weight:
         return ".attn_1." in self.key and len(self.shape) == 4
 
 
-def kind_of(keys: Collection[str]) -> str | None:
-    """Return "sd1", "sd2" or "xl" for the keys of an original file that has a denoiser and text encoders; else None."""
-    if not _any(keys, _UNET):
-        return None
-    fits = [kind for kind, texts in _TEXTS.items() if all(_any(keys, start) for start in texts.values())]
-    return fits[0] if fits else None
-
-
 def unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
     """Return how original files name the modules of a denoiser, without what all its keys begin with.
 
@@ -82,9 +67,9 @@ def to_original(
 ) -> dict[str, Tensor]:
     """Return the weights of an original file of a `kind`: "sd1", "sd2" or "xl".
 
-    `configs` are the config.json documents of `unet`, `vae`, `text_encoder` (and `text_encoder_2`); `parts` the state
-    dicts of these modules. Dtypes stay; tensors that need no change are not copied. Raises ModelError for a name that
-    lacks, is too many or has another shape than the config says.
+    `configs` are the config.json documents of `unet`, `vae`, `text_encoder` (and `text_encoder_2`), or of some of them;
+    `parts` the state dicts of these modules. Dtypes stay; tensors that need no change are not copied. Raises ModelError
+    for a name that lacks, is too many or has another shape than the config says.
     """
     weights, shapes = _plan(kind, configs)
     given = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
@@ -124,17 +109,27 @@ def from_original(
     return parts
 
 
-def _any(keys: Collection[str], start: str) -> bool:
-    return any(key.startswith(start) for key in keys)
+class OriginalWeights(MappedWeights):
+    """The weights of one part of a pipeline in an original file, under the names that its module has."""
+
+    def __init__(self, file: SingleFile, part: str, config: Mapping[str, Any]) -> None:
+        super().__init__([file.path])
+        self._kind, self._part, self._config = file.kind, part, config
+        self._start = {"unet": UNET, "vae": VAE, **TEXTS[file.kind]}[part]
+
+    def tensors(self, dtype: torch.dtype, start: str = "") -> dict[str, Tensor]:
+        """Return the part's tensors. Raises ModelError where they are not what its config says."""
+        state = super().tensors(dtype, self._start + start)
+        return from_original(self._kind, {self._part: self._config}, state)[self._part]
 
 
 def _left_out(kind: str, configs: Mapping[str, Mapping[str, Any]]) -> Callable[[str], bool]:
     """Return whether a key of a file is one that no folder holds. Only for configs that `_plan` took."""
     exact, starts = set(_SCHEDULE), ["model_ema."]
-    for start in _TEXTS[kind].values():
+    for start in TEXTS[kind].values():
         exact |= {start + "embeddings.position_ids", start + "attn_mask"}
-    if kind == "sd2":
-        start = _TEXTS[kind]["text_encoder"]
+    if kind == "sd2" and "text_encoder" in configs:
+        start = TEXTS[kind]["text_encoder"]
         # These models read the layer before OpenCLIP's last, so that folders have one layer fewer.
         layers = CLIPTextConfig.from_dict(dict(configs["text_encoder"])).num_hidden_layers
         exact.add(start + "text_projection")
@@ -163,12 +158,12 @@ def _plan(kind: str, configs: Mapping[str, Mapping[str, Any]]) -> tuple[list[_We
     """Return the weights of the original file, and the shape of every `part.name` of the folder."""
     weights: list[_Weight] = []
     shapes: dict[str, tuple[int, ...]] = {}
-    for part, (make, start, table) in _layouts(kind).items():
-        if part not in configs:
-            raise ModelError(f"there is no config of the {part}")
+    layouts = _layouts(kind)
+    for part, config in configs.items():
+        make, start, table = layouts[part]
         with clear_errors(f"the {part} that the config describes"):
             with torch.device("meta"):
-                module = make(dict(configs[part]))
+                module = make(dict(config))
             rows = table(module)
         own = {f"{part}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         groups: dict[str, list[str]] = {}
@@ -196,12 +191,12 @@ def _weight(part: str, key: str, names: list[str], shape: tuple[int, ...]) -> _W
 def _layouts(kind: str) -> dict[str, tuple[Callable[[dict], Any], str, Callable[[Any], Table]]]:
     """Return for every part what makes it from its config, what its keys begin with, and its table."""
     texts = {
-        part: (_text_maker(part), start, _clip if start.endswith(_CLIP) else _open_clip)
-        for part, start in _TEXTS[kind].items()
+        part: (_text_maker(part), start, _clip if start.endswith(CLIP) else _open_clip)
+        for part, start in TEXTS[kind].items()
     }
     return {
-        "unet": (UNet2DConditionModel.from_config, _UNET, _unet),
-        "vae": (AutoencoderKL.from_config, _VAE, _vae),
+        "unet": (UNet2DConditionModel.from_config, UNET, _unet),
+        "vae": (AutoencoderKL.from_config, VAE, _vae),
         **texts,
     }
 

@@ -11,15 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save
 from transformers import AutoTokenizer, CLIPTextModel
 
+from dbcap.files import open_atomic
 from dbcap.models import denoiser, embeddings, identity, lora, parts
 from dbcap.models.embeddings import Embedding
-from dbcap.models.families.original import unet_names
+from dbcap.models.families.original import OriginalWeights, to_original, unet_names
 from dbcap.models.identity import Identity
+from dbcap.models.layout import CONFIG
 from dbcap.models.libraries import clear_errors, compile_module
 from dbcap.models.lora import Lora
 from dbcap.models.mapped import MappedWeights, trim
+from dbcap.models.pipelines import has_checker, small_in, weight_files
+from dbcap.models.safety import SafetyChecker
+from dbcap.models.single_file import FILES
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -43,8 +49,13 @@ class StableDiffusion:
 
     def __init__(self, local: LocalModel, device: str, dtype: str) -> None:
         self.name = local.spec.text
-        self.address = str(local.folder) if local.spec.kind == "folder" else local.spec.text
+        self._single = local.single
+        self._local = local
+        path = local.single.path if local.single else local.spec.path and local.folder
+        self.address = str(path or local.spec.text)
         """What `--model` takes to find it from any folder."""
+        self.title = path.name.removesuffix(".safetensors") if path else local.spec.text
+        """What it is called, wherever it lies."""
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
         self.folder = local.folder
         self._encoders: list[Any] | None = None
@@ -57,11 +68,19 @@ class StableDiffusion:
 
     @cached_property
     def _unet_config(self) -> dict[str, Any]:
-        return dict(UNet2DConditionModel.load_config(self.folder / "unet"))
+        config = dict(UNet2DConditionModel.load_config(self.folder / "unet"))
+        if self._single:  # the base may inpaint, and the file not, or the other way round
+            config["in_channels"] = self._single.in_channels
+        return config
 
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
         return dict(AutoencoderKL.load_config(self.folder / "vae"))
+
+    @property
+    def parameters(self) -> int:
+        """How many weights it has. Raises ModelError for a damaged file."""
+        return self._local.parameters
 
     @property
     def scheduler_config(self) -> dict[str, Any]:
@@ -168,8 +187,9 @@ class StableDiffusion:
         if self._encoders is None:
             self._encoders = []
             for _, encoder, kind in self.text_parts:
-                folder = self.folder / encoder
-                model = parts.transformers_model(kind, folder, self.name, self.dtype, self._files).to(self.device)
+                weights, called = self._weights(encoder), self._called(encoder)
+                model = parts.transformers_model(kind, self.folder / encoder, weights, called, self.dtype)
+                model = model.to(self.device)
                 for one in self._loras:
                     one.merge(encoder, model)
                 for new in self._embeddings:
@@ -188,7 +208,8 @@ class StableDiffusion:
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        model = parts.diffusers_model(UNet2DConditionModel, self.folder / "unet", self.name, self.dtype, self._files)
+        weights, config = self._weights("unet"), self._unet_config
+        model = parts.diffusers_model(UNet2DConditionModel, config, weights, self._called("unet"), self.dtype)
         model = model.to(self.device)
         names = unet_names(model) if self._loras else {}
         for one in self._loras:
@@ -198,6 +219,24 @@ class StableDiffusion:
         model = model.to(memory_format=torch.channels_last)
         self._release()
         return model
+
+    def _weights(self, part: str) -> MappedWeights:
+        """Open the weights of a part."""
+        with clear_errors(self.name):
+            if self._single:
+                weights: MappedWeights = OriginalWeights(self._single, part, self._config(part))
+            else:
+                weights = MappedWeights(weight_files(self.folder / part))
+        self._files.append(weights)
+        return weights
+
+    def _config(self, part: str) -> dict[str, Any]:
+        read = {"unet": self._unet_config, "vae": self._vae_config}
+        config: dict[str, Any] = read.get(part) or json.loads((self.folder / part / CONFIG).read_text("utf-8"))
+        return config
+
+    def _called(self, part: str) -> str:
+        return f"the {part} of {self.name}"
 
     def _release(self) -> None:
         """Give the memory of weight files back, of what was copied from them or can be read again."""
@@ -209,8 +248,16 @@ class StableDiffusion:
         """The autoencoder. In float16 SDXL's overflows, so there it runs in float32, as its config asks."""
         upcast = self.dtype == torch.float16 and self._vae_config.get("force_upcast", True)
         dtype = torch.float32 if upcast else self.dtype
-        model = parts.diffusers_model(AutoencoderKL, self.folder / "vae", self.name, dtype, self._files)
+        weights, config = self._weights("vae"), self._vae_config
+        model = parts.diffusers_model(AutoencoderKL, config, weights, self._called("vae"), dtype)
         return model.to(self.device, memory_format=torch.channels_last)
+
+    @cached_property
+    def safety(self) -> SafetyChecker | None:
+        """The safety checker; None where there is none, as in XL and in single files."""
+        if self._single or not has_checker(self.folder):
+            return None
+        return SafetyChecker(self.folder, self.name, self.device, self._weights)
 
     def check(self) -> None:
         """Raise ModelError where a weight file that is in use was written to."""
@@ -229,6 +276,35 @@ class StableDiffusion:
         more memory: one level of SD's UNet at 96x96 latents, float32, 1.2 GB without, 1.5 and 3.5 with max and auto.
         """
         self.vae.enable_tiling()
+
+    @property
+    def original_kind(self) -> str:
+        """Which of the original layouts it has: "sd1" or "sd2", by whose text encoder it is, CLIP's or OpenCLIP's."""
+        return "sd1" if self._config("text_encoder").get("hidden_act") == "quick_gelu" else "sd2"
+
+    def write_single_file(self, path: Path) -> None:
+        """Write the model, without what was added, as one file; with its configs and tokenizers in the header.
+
+        Raises ModelError for a part that such files have no place for, OSError where it cannot be written.
+        """
+        names = {
+            "unet": UNet2DConditionModel,
+            "vae": AutoencoderKL,
+            **{name: kind for _, name, kind in self.text_parts},
+        }
+        configs = {part: self._config(part) for part in names}
+        states = {}
+        for part, kind in names.items():
+            weights, called = self._weights(part), self._called(part)
+            if part in ("unet", "vae"):
+                module = parts.diffusers_model(kind, configs[part], weights, called, weights.dtype)
+            else:
+                module = parts.transformers_model(kind, self.folder / part, weights, called, weights.dtype)
+            states[part] = module.state_dict()
+        files = {name: (self.folder / name).read_text("utf-8") for name in small_in(self.folder)}
+        state = to_original(self.original_kind, configs, states)
+        with open_atomic(path) as file:
+            file.write(save(state, {"format": "pt", FILES: json.dumps(files)}))
 
     def predict(self, latents: torch.Tensor, time: torch.Tensor, conditions: Sequence[Condition]) -> torch.Tensor:
         """Run the denoiser: latents (B, C, H, W) float32, B conditions of one length -> (B, C, H, W) float32."""

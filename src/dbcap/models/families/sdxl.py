@@ -37,6 +37,11 @@ class StableDiffusionXL(StableDiffusion):
         return Condition(states, {"text_embeds": pooled, "time_ids": times})
 
     @property
+    def original_kind(self) -> str:
+        """Which of the original layouts it has."""
+        return "xl"
+
+    @property
     def _zeros_for_nothing(self) -> bool:
         config: dict[str, Any] = json.loads((self.folder / PIPELINE).read_text("utf-8"))
         return bool(config.get("force_zeros_for_empty_prompt", True))
