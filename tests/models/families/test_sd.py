@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from dbcap.errors import ModelError
 from dbcap.testing.diffusion import LENGTH, SIZE, write_diffusion
@@ -149,3 +151,24 @@ def test_parts_that_are_missing_are_one_line(family, tiny_diffusion, tmp_path):
     (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="model cannot be loaded: "):
         family(folder).unet  # noqa: B018 - the property loads it
+
+
+def test_configs_may_leave_out_what_diffusers_takes_as_usual(family, tiny_diffusion, tmp_path):
+    folder = shutil.copytree(tiny_diffusion, tmp_path / "model")
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        path = folder / part / "config.json"
+        usual = {name: one.default for name, one in inspect.signature(kind.__init__).parameters.items()}
+        config = json.loads(path.read_text())
+        kept = {name: value for name, value in config.items() if name not in usual or value != usual[name]}
+        assert len(kept) < len(config) - 5
+        path.write_text(json.dumps(kept))
+    short, whole = family(folder), family(tiny_diffusion)
+    assert (short.size, short.factor, short.latent_channels) == (whole.size, whole.factor, whole.latent_channels)
+    picture = short.decode(torch.ones(4, 8, 8))
+    assert torch.equal(picture, whole.decode(torch.ones(4, 8, 8)))
+    assert torch.equal(short.encode_picture(picture), whole.encode_picture(picture))
+    condition = short.encode("a dog", 1, (32, 32))
+    latents = torch.ones(1, 4, 8, 8)
+    with torch.inference_mode():
+        found = short.predict(latents, torch.tensor(1), [condition])
+        assert torch.equal(found, whole.predict(latents, torch.tensor(1), [condition]))

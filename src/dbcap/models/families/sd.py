@@ -68,14 +68,16 @@ class StableDiffusion:
 
     @cached_property
     def _unet_config(self) -> dict[str, Any]:
-        config = dict(UNet2DConditionModel.load_config(self.folder / "unet"))
+        config = {"in_channels": 4, "sample_size": 64, **UNet2DConditionModel.load_config(self.folder / "unet")}
         if self._single:  # the base may inpaint, and the file not, or the other way round
             config["in_channels"] = self._single.in_channels
         return config
 
     @cached_property
     def _vae_config(self) -> dict[str, Any]:
-        return dict(AutoencoderKL.load_config(self.folder / "vae"))
+        # What the configs of 2022, SD 1.5's among them, do not say, as diffusers takes it.
+        usual = {"scaling_factor": 0.18215, "latent_channels": 4, "force_upcast": True}
+        return usual | dict(AutoencoderKL.load_config(self.folder / "vae"))
 
     @property
     def parameters(self) -> int:
@@ -246,7 +248,7 @@ class StableDiffusion:
     @cached_property
     def vae(self) -> Any:
         """The autoencoder. In float16 SDXL's overflows, so there it runs in float32, as its config asks."""
-        upcast = self.dtype == torch.float16 and self._vae_config.get("force_upcast", True)
+        upcast = self.dtype == torch.float16 and self._vae_config["force_upcast"]
         dtype = torch.float32 if upcast else self.dtype
         weights, config = self._weights("vae"), self._vae_config
         model = parts.diffusers_model(AutoencoderKL, config, weights, self._called("vae"), dtype)
