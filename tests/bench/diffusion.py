@@ -113,7 +113,8 @@ def engine(folder: str) -> dict[str, Any]:
     choice = device.choose(parameters=local.parameters)
     family = families.load(local, choice.device, choice.dtype)
     config = GenerateConfig(prompts=(PROMPT,), steps=STEPS, guidance=GUIDANCE)
-    planned = plan.make(config, [Request(PROMPT, "prompt 1", {})], family, "", plan.Given(), Silent())
+    planned = plan.make(config, [Request(PROMPT, "prompt 1", {})], family, "", plan.Given())
+    planned = plan.measured(planned, family, Silent())
     renderer = Renderer(family, plan.Given(), config, Silent())
     _ = family.unet, family.vae
     ready = time.perf_counter()

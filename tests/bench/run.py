@@ -16,6 +16,7 @@ import batch_sizes
 import command_line
 import diffusion
 import engine
+import generated
 import memory
 import startup
 
@@ -28,6 +29,7 @@ BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "batch-sizes": batch_sizes.measure,
     "command-line": command_line.measure,
     "diffusion": diffusion.measure,
+    "generated": generated.measure,
     "agreement": agreement.measure,
 }
 RESULTS = Path(__file__).parents[2] / "bench-results"

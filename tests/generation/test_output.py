@@ -25,7 +25,7 @@ FACTS = {"model": "starter", "device": "cpu", "seconds": 1.5}
 
 
 def planned(index: int, prompt: str = "a cat") -> Planned:
-    return Planned(index, Job("ab" * 32, prompt, "", index, 8, 8, "ddim", 5, 7.5), 1)
+    return Planned(index, Job("ab" * 32, prompt, "", index, 8, 8, "ddim", 5, 7.5))
 
 
 def path(index: int) -> Path:
@@ -258,7 +258,7 @@ printer.expect(range(3))
 sys.stdin.readline()
 try:
     for index in range(3):
-        printer.made(Planned(index, Job("m", "p", "", index, 8, 8, "ddim", 5, 7.5), 1), Path(f"{index}.png"), {})
+        printer.made(Planned(index, Job("m", "p", "", index, 8, 8, "ddim", 5, 7.5)), Path(f"{index}.png"), {})
 except (BrokenPipeError, DbcapError) as error:
     print(index, type(error).__name__, error, file=sys.stderr)
 """

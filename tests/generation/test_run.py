@@ -334,3 +334,21 @@ def test_a_file_without_configs_says_what_to_fetch(generate, family, tiny_diffus
     assert err.count("\n") == 1
     assert "dbcap models pull stable-diffusion-v1-5/stable-diffusion-v1-5" in err
     assert not Path("outputs").exists()
+
+
+def test_a_run_that_finds_all_there_loads_neither_torch_nor_the_model(generate, tiny_diffusion):
+    _, lines, _ = generate("a red dog", "-n", "2", "--grid", "grid.png")
+    Path("grid.png").unlink()
+    program = "import sys\nfrom dbcap.cli.app import run\nprint(run(sys.argv[1:]), 'torch' in sys.modules)"
+    words = ["generate", "a red dog", "-n", "2", "--grid", "grid.png", "--model", str(tiny_diffusion), *QUICK]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [*lines, "0 False"]
+    assert Path("grid.png").is_file()
+
+
+@pytest.mark.parametrize("words", [["--device", "cuda:9"], ["--long-prompt", "error"]], ids=["device", "long prompt"])
+def test_a_run_that_is_refused_leaves_no_folder(generate, words):
+    code, lines, err = generate("dog " * 99, *words)
+    assert code in (1, 2)
+    assert (lines, err.count("\n")) == ([], 1)
+    assert not Path("outputs").exists()

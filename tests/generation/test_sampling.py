@@ -177,4 +177,4 @@ def test_guidance_is_the_papers():
     [(10, 1.0, 10), (10, 0.8, 8), (10, 0.1, 1), (10, 0.09, 0), (3, 1 / 3, 1), (100, 0.29, 29)],
 )
 def test_strength_is_the_share_of_the_steps(steps, strength, kept):
-    assert sampling.kept_steps(steps, strength) == kept
+    assert schedulers.kept_steps(steps, strength) == kept

@@ -1,7 +1,6 @@
 """Textual inversion files against diffusers' own loader, and those that do not fit."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +9,8 @@ from safetensors.torch import save_file
 
 from dbcap.errors import UsageError
 from dbcap.models.families import load
+from dbcap.models.hub import LocalModel
+from dbcap.models.specs import parse
 from dbcap.testing.diffusion import write_diffusion
 
 PROMPT = "a sks2 dog and a sks2 cat"
@@ -22,7 +23,7 @@ def folders(tmp_path_factory):
 
 
 def family(folder):
-    return load(SimpleNamespace(spec=SimpleNamespace(text="it", kind="folder"), folder=folder), "cpu", "float32")
+    return load(LocalModel(parse(str(folder)), folder, "", ()), "cpu", "float32")
 
 
 @pytest.mark.parametrize("vectors", [1, 2])

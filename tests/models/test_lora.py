@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dbcap.errors import UsageError
+from dbcap.models import denoiser
 from dbcap.models.families.original import unet_names
 from dbcap.models.lora import read
 
@@ -28,6 +29,12 @@ TO_K = f"lora_unet_{BLOCK.replace('.', '_')}_attn2_to_k"
 CONV = "lora_unet_down_blocks_1_resnets_0_conv1"
 PARTS = {"text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_", "unet": "lora_unet_"}
 """Part -> how kohya's names of the modules in it begin, where the encoder's own do not begin with text_model."""
+
+
+@pytest.fixture(autouse=True)
+def plain_layers(monkeypatch):
+    """Leave layers as they are: the weights of packed ones cannot be read."""
+    monkeypatch.setattr(denoiser, "speed_up", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -366,3 +373,20 @@ def test_what_is_no_safetensors_file_is_one_line(tmp_path):
     (tmp_path / "l.safetensors").write_bytes(b"no")
     with pytest.raises(UsageError, match="cannot be read"):
         read(tmp_path / "l.safetensors", 1.0, {"unet": True})
+
+
+def test_packed_layers_have_it_too(family, tiny_diffusion, tmp_path, monkeypatch):
+    name = "lora_unet_mid_block_resnets_0_conv1.lora"
+    halves = {f"{name}_down.weight": torch.ones(2, 64, 3, 3), f"{name}_up.weight": torch.ones(64, 2, 1, 1)}
+    save_file(halves, tmp_path / "l")
+    plain = with_lora(family(tiny_diffusion), tmp_path / "l", 0.1)
+    _ = plain.unet
+    monkeypatch.undo()
+    packed, without = with_lora(family(tiny_diffusion), tmp_path / "l", 0.1), family(tiny_diffusion)
+    condition, latents = plain.encode("a dog", 1, (32, 32)), torch.ones(1, 4, 8, 8)
+    with torch.inference_mode():
+        found, expected, other = (
+            one.predict(latents, torch.tensor(9), [condition]) for one in (packed, plain, without)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, other, rtol=1e-4, atol=1e-5)

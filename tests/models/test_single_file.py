@@ -16,6 +16,7 @@ from dbcap.errors import ModelError, UsageError
 from dbcap.models import single_file
 from dbcap.models.families import load
 from dbcap.models.hub import inspect, locate
+from dbcap.models.identity import Identity
 from dbcap.models.single_file import FILES, read
 from dbcap.testing.diffusion import write_diffusion
 
@@ -105,7 +106,7 @@ def test_an_identifier_comes_along(tmp_path, family, heard, home):
     (folder / "dbcap.json").write_text('{"identifier": "sks", "class": "dog"}')
     family(folder).write_single_file(tmp_path / "one.safetensors")
     model = load(find(tmp_path / "one.safetensors", heard), "cpu", "float32")
-    assert (model.identity.identifier, model.identity.class_word) == ("sks", "dog")
+    assert model.identity_with([]) == Identity("sks", "dog")
 
 
 # ---- where configs come from

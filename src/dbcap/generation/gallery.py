@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,9 @@ from dbcap.generation import jobs, pictures, schedulers, show
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.plan import Given, Planned
 from dbcap.inputs import shown
-from dbcap.models.device import Choice
 
 if TYPE_CHECKING:
-    from dbcap.models.families.sd import StableDiffusion
+    from dbcap.models.families.description import Description
 
 
 class Gallery:
@@ -35,29 +34,23 @@ class Gallery:
     def __init__(
         self,
         config: GenerateConfig,
-        family: StableDiffusion,
-        choice: Choice,
+        model: Description,
         given: Given,
-        batch_size: int,
         again: str,
         events: Events,
     ) -> None:
         self._config, self._again = config, again
         self._folder = Path(config.out)
         self._manifest = Manifest(self._folder)
-        self._model, self._scheduler_config = family.title, family.scheduler_config
-        self._facts = {
-            "model": family.address,
+        self._model, self._scheduler_config = model.title, model.scheduler_config
+        self._facts: dict[str, Any] = {
+            "model": model.address,
             **({"base": os.path.abspath(os.path.expanduser(config.base))} if config.base else {}),
-            "device": choice.device,
-            "dtype": choice.dtype,
-            "threads": choice.threads,
-            "batch_size": batch_size,
             **({"init": os.path.abspath(config.init)} if config.init else {}),
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
             "lora": [str(one) for one in given.additions if not one.embedding],
             "embedding": [str(one) for one in given.additions if one.embedding],
-            **({"safety": True} if config.safety and family.safety else {}),
+            **({"safety": True} if config.safety and model.has_checker else {}),
             "version": __version__,
         }
         self._shows = show.protocol(os.environ, sys.stderr is not None and sys.stderr.isatty()) if config.show else ""
@@ -68,8 +61,9 @@ class Gallery:
         """Return the image of a job, if it is there."""
         return self._manifest.find(key)
 
-    def open(self) -> None:
-        """Make the folder."""
+    def open(self, how: Mapping[str, Any]) -> None:
+        """Make the folder. `how` is what all images say of how they were made."""
+        self._facts |= how
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def write(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dbcap.errors import UsageError, did_you_mean
+from dbcap.errors import DbcapError, UsageError, did_you_mean
 from dbcap.inputs import shown
 
 LONGEST_NAME = 255
@@ -23,6 +23,10 @@ _FIXED = ("negative", "guidance")
 _NUMBERS = ("guidance", "guidance_rescale", "eta", "strength")
 _SPEC = re.compile(r"(.?[<>=^])?[-+ ]?#?0?\d{0,3}[_,]?(\.\d{1,3})?[sdbxXo]?")
 _FIELDS = ("index", "seed", "prompt", "date")
+
+
+class UnfitError(DbcapError):
+    """A picture was made that is not to be written."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,15 @@ from dbcap.config.models import GenerateConfig
 from dbcap.errors import DbcapError, UsageError
 from dbcap.events import Events
 from dbcap.files import sha256_of
-from dbcap.generation import prompts, sampling, schedulers
+from dbcap.generation import prompts, schedulers
 from dbcap.generation.jobs import MOST_SEED, Job
 from dbcap.generation.prompts import Request
 from dbcap.images import read
 from dbcap.inputs import shown
+from dbcap.models.identity import Identity
 
 if TYPE_CHECKING:
+    from dbcap.models.families.description import Description
     from dbcap.models.families.sd import StableDiffusion
 
 MOST_JOBS = 1_000_000
@@ -30,11 +32,12 @@ MOST_JOBS = 1_000_000
 
 @dataclass(frozen=True)
 class Planned:
-    """A job, its place in the plan and how many pieces its prompts take."""
+    """A job, its place in the plan, where it was asked for, and how many pieces its prompts take, if that is known."""
 
     index: int
     job: Job
-    chunks: int
+    where: str = "the prompt"
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,9 @@ def first_seed(config: GenerateConfig) -> int:
 def make(
     config: GenerateConfig,
     requests: Sequence[Request],
-    family: StableDiffusion,
+    model: Description,
     revision: str,
     given: Given,
-    events: Events,
 ) -> list[Planned]:
     """Return all jobs, in order: for each prompt `num_images` seeds, counting up.
 
@@ -136,10 +138,10 @@ def make(
     if len(requests) * config.num_images > MOST_JOBS:
         raise UsageError(f"that makes {len(requests) * config.num_images:,} images", f"the most is {MOST_JOBS:,}")
     seed = first_seed(config)
+    words = model.identity_with([one.path for one in given.additions])
     planned: list[Planned] = []
-    said: set[str] = set()
     for request in requests:
-        values = _values(config, request, family, given)
+        values = _values(config, request, model, words, given)
         if "seed" not in request.overrides:
             values["seed"] = seed
         last = values["seed"] + config.num_images - 1
@@ -148,23 +150,22 @@ def make(
         values |= {"init": given.init_hash, "mask": given.mask_hash}
         added = tuple((one.sha256, one.scale) for one in given.additions)
         job = Job(model=revision, additions=added, **values)
-        chunks = _chunks(job, request, family, config.long_prompt, events, said)
         for number in range(config.num_images):
             one = job if not number else Job(**{**vars(job), "seed": job.seed + number})
-            planned.append(Planned(len(planned), one, chunks))
+            planned.append(Planned(len(planned), one, request.where))
     return planned
 
 
 def repeated(
     job: Job,
-    family: StableDiffusion,
+    model: Description,
     revision: str,
     given: Given,
     config: GenerateConfig,
 ) -> Planned:
     """Return the job of a picture as a plan. Raises UsageError where the model or a picture is another by now."""
     for what, now, then in (
-        (f"the model {family.name}", revision, job.model),
+        (f"the model {model.name}", revision, job.model),
         (f"the picture {config.init}", given.init_hash, job.init),
         (f"the mask {config.mask}", given.mask_hash, job.mask),
     ):
@@ -174,11 +175,7 @@ def repeated(
         names = ", ".join((*config.lora, *config.embedding))
         raise UsageError("--like: a LoRA or embedding file is not what it was", f"they were {names}")
     schedulers.known(None if job.scheduler == schedulers.OWN else job.scheduler)
-    most = 1
-    if job.long_prompt == "chunk":
-        longest = max(len(family.tokens(text)) for text in (job.prompt, job.negative))
-        most = max(1, -(-longest // family.room))
-    return Planned(0, job, most)
+    return Planned(0, job)
 
 
 def _expanded(config: GenerateConfig, requests: Sequence[Request]) -> list[Request]:
@@ -190,28 +187,29 @@ def _expanded(config: GenerateConfig, requests: Sequence[Request]) -> list[Reque
     return [Request(text, one.where, one.overrides) for one in requests for text in prompts.expanded(one.prompt)]
 
 
-def _values(config: GenerateConfig, request: Request, family: StableDiffusion, given: Given) -> dict[str, Any]:
+def _values(
+    config: GenerateConfig, request: Request, model: Description, words: Identity, given: Given
+) -> dict[str, Any]:
     """Return what a request's jobs have in common, checked against the model."""
     over = request.overrides
-    own = given.init.size if given.init else (family.size, family.size)
-    width = over.get("width") or config.width or _cut(own[0], family.factor)
-    height = over.get("height") or config.height or _cut(own[1], family.factor)
+    own = given.init.size if given.init else (model.size, model.size)
+    width = over.get("width") or config.width or _cut(own[0], model.factor)
+    height = over.get("height") or config.height or _cut(own[1], model.factor)
     for name, size in (("width", width), ("height", height)):
-        if size % family.factor:
-            below = max(_cut(size, family.factor), family.factor)
+        if size % model.factor:
+            below = max(_cut(size, model.factor), model.factor)
             raise UsageError(
-                f"{request.where}: a {name} of {size} is no multiple of {family.factor}",
-                f"use {below} or {below + family.factor}" if below < size else f"use {below}",
+                f"{request.where}: a {name} of {size} is no multiple of {model.factor}",
+                f"use {below} or {below + model.factor}" if below < size else f"use {below}",
             )
     steps = over.get("steps", config.steps)
-    if given.init and not sampling.kept_steps(steps, config.strength):
+    if given.init and not schedulers.kept_steps(steps, config.strength):
         raise UsageError(
             f"{request.where}: a strength of {config.strength:g} leaves none of {steps} steps",
             f"the smallest that leaves one is {-(-10000 // steps) / 10000:g}",
         )
-    words = family.identity
     filled = [
-        prompts.filled(text, words.identifier, words.class_word, request.where, family.name)
+        prompts.filled(text, words.identifier, words.class_word, request.where, model.name)
         for text in (request.prompt, over.get("negative", config.negative))
     ]
     if not filled[0].strip():
@@ -236,22 +234,32 @@ def _cut(size: int, factor: int) -> int:
     return size // factor * factor
 
 
-def _chunks(
-    job: Job, request: Request, family: StableDiffusion, long_prompt: str, events: Events, said: set[str]
-) -> int:
-    """Return how many pieces the longer of both prompts takes, and say what is cut off."""
-    most = 1
-    for what, text in (("prompt", job.prompt), ("negative prompt", job.negative)):
+def measured(planned: Sequence[Planned], family: StableDiffusion, events: Events) -> list[Planned]:
+    """Return a plan with the number of pieces that prompts take, and say what is cut off.
+
+    Raises UsageError, naming the prompt, for one that is too long where that is an error.
+    """
+    chunks: dict[tuple[str, str], int] = {}
+    for one in planned:
+        texts = (one.job.prompt, one.job.negative)
+        if texts not in chunks:
+            chunks[texts] = _chunks(one, family, events, {text for pair in chunks for text in pair})
+    return [replace(one, chunks=chunks[one.job.prompt, one.job.negative]) for one in planned]
+
+
+def _chunks(one: Planned, family: StableDiffusion, events: Events, known: Collection[str]) -> int:
+    """Return how many pieces the longer of both prompts takes."""
+    most, rule = 1, one.job.long_prompt
+    for what, text in (("prompt", one.job.prompt), ("negative prompt", one.job.negative)):
         tokens = family.tokens(text)
         if len(tokens) <= family.room:
             continue
-        where = f"{request.where}: the {what} has {len(tokens)} tokens, and the model reads {family.room}"
-        if long_prompt == "error":
+        where = f"{one.where}: the {what} has {len(tokens)} tokens, and the model reads {family.room}"
+        if rule == "error":
             raise UsageError(where, "shorten it, or use --long-prompt chunk or truncate")
-        if long_prompt == "chunk":
+        if rule == "chunk":
             most = max(most, -(-len(tokens) // family.room))
-        elif text not in said:
-            said.add(text)
+        elif text not in known:
             events.warn(f"{where}: left out {family.text_of(tokens[family.room :])!r}")
     return most
 

@@ -13,7 +13,7 @@ from PIL import Image
 from dbcap.config.models import GenerateConfig
 from dbcap.events import Events
 from dbcap.generation import sampling, schedulers
-from dbcap.generation.jobs import Job
+from dbcap.generation.jobs import Job, UnfitError
 from dbcap.generation.plan import Given, Planned
 from dbcap.models.libraries import compiler_errors, memory_errors
 
@@ -58,14 +58,14 @@ class Renderer:
             return self._denoise(batch, stepped)
 
     def pixels(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
-        """Decode the latents (C, H, W) of one picture -> RGB (height, width, 3)."""
+        """Decode the latents (C, H, W) of one picture -> RGB (height, width, 3). Raises UnfitError."""
+        if not torch.isfinite(latents).all():
+            raise UnfitError("its numbers ran out of range", "use --dtype float32 or less --guidance")
         decoded: npt.NDArray[np.uint8] = self._family.decode(latents).numpy()
-        return decoded
-
-    def flags(self, pixels: npt.NDArray[np.uint8]) -> bool:
-        """Return whether the safety checker, if there is one and it is asked for, flags an RGB picture."""
         checker = self._family.safety if self._config.safety else None
-        return checker is not None and checker.flags(pixels)
+        if checker and checker.flags(decoded):
+            raise UnfitError("the model's safety checker flags it", "use another --seed or prompt")
+        return decoded
 
     @staticmethod
     def _text_key(text: str, one: Planned) -> tuple[str, int, tuple[int, int]]:

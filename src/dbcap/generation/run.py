@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from dbcap.config.models import CommonConfig, GenerateConfig
 from dbcap.config.paths import cache_dir
@@ -19,15 +19,20 @@ from dbcap.events import Events, Tracker
 from dbcap.files import Lock
 from dbcap.generation import jobs, like, plan, prompts
 from dbcap.generation.gallery import Gallery
+from dbcap.generation.jobs import UnfitError
+from dbcap.generation.like import Recipe
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.output import Printer
 from dbcap.generation.plan import Given, Planned
-from dbcap.generation.renderer import Renderer
 from dbcap.inputs import shown
-from dbcap.models import device, families, hub
+from dbcap.models import families, hub
 
 if TYPE_CHECKING:
+    from dbcap.generation.renderer import Renderer
+    from dbcap.models.device import Choice
+    from dbcap.models.families.description import Description
     from dbcap.models.families.sd import StableDiffusion
+    from dbcap.models.hub import LocalModel
 
 MOST_BATCH = 16
 LARGE = 100_000_000
@@ -88,6 +93,36 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         events=events,
         home=cache_dir(),
     )
+    model = families.describe(local)
+    if recipe:
+        planned = [plan.repeated(recipe.job, model, local.revision, given, config)]
+    else:
+        planned = plan.make(config, requests, model, local.revision, given)
+    opened = functools.cache(functools.partial(_open_model, config, local, given, recipe, events))
+    out = Path(config.out)
+    if config.dry_run:
+        return _told(config, plan.measured(planned, opened()[0], events), Manifest(out))
+    with ExitStack() as stack:
+        if not out.exists():  # refused, a run leaves nothing behind
+            stack.callback(_remove_if_empty, out)
+        lock = Path(config.lock) if config.lock else out / ".dbcap.lock"
+        stack.enter_context(Lock(lock, remove=not config.lock))
+        return _Run(config, events, model, opened, planned, given, started, recipe).run()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _open_model(
+    config: GenerateConfig, local: LocalModel, given: Given, recipe: Recipe | None, events: Events
+) -> tuple[StableDiffusion, Choice]:
+    """Import torch, and return the model with what is added to it, none of its parts loaded."""
+    import torch
+
+    from dbcap.models import device
+
     choice = device.choose(
         device=config.device,
         dtype=config.dtype,
@@ -104,17 +139,7 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
             family.add_embedding(one.path)
         else:
             family.add_lora(one.path, one.scale)
-    if recipe:
-        planned = [plan.repeated(recipe.job, family, local.revision, given, config)]
-    else:
-        planned = plan.make(config, requests, family, local.revision, given, events)
-    with ExitStack() as stack:
-        out = Path(config.out)
-        if config.dry_run:
-            return _told(config, planned, Manifest(out))
-        lock = Path(config.lock) if config.lock else out / ".dbcap.lock"
-        stack.enter_context(Lock(lock, remove=not config.lock))
-        return _Run(config, events, family, choice, planned, given, started, recipe.row if recipe else None).run()
+    return family, choice
 
 
 def _told(config: GenerateConfig, planned: Sequence[Planned], manifest: Manifest) -> GenerateReport:
@@ -135,17 +160,19 @@ class _Run:
         self,
         config: GenerateConfig,
         events: Events,
-        family: StableDiffusion,
-        choice: device.Choice,
+        model: Description,
+        opened: Callable[[], tuple[StableDiffusion, Choice]],
         planned: Sequence[Planned],
         given: Given,
         started: float,
-        row: int | None,
+        recipe: Recipe | None,
     ) -> None:
-        self._config, self._events, self._planned, self._row = config, events, planned, row
-        self._batch_size = self._size_of_batches(family)
-        self._renderer = Renderer(family, given, config, events)
-        self._gallery = Gallery(config, family, choice, given, self._batch_size, self._again(), events)
+        self._config, self._events, self._given, self._planned = config, events, given, planned
+        self._opened = opened
+        """What imports torch and reads the model: a run that finds everything there needs neither."""
+        self._row = recipe.row if recipe else None
+        self._batch_size = self._size_of_batches(model)
+        self._gallery = Gallery(config, model, given, self._again(), events)
         self._printer = Printer(config.format)
         self._deadline = started + plan.seconds_of(config.max_time) if config.max_time else None
         self._made = self._failed = 0
@@ -153,11 +180,14 @@ class _Run:
     def run(self) -> GenerateReport:
         """Make everything that is missing."""
         missing = self._missing()
+        if missing or self._config.long_prompt == "error":
+            family, choice = self._opened()
+            self._planned = plan.measured(self._planned, family, self._events)
         self._printer.expect([one.index for one in self._planned])
         left = 0
         try:
             if missing:
-                left = self._make(missing)
+                left = self._make(missing, family, choice)
         except (KeyboardInterrupt, Interrupted) as error:
             self._printer.close()
             code = error.exit_code if isinstance(error, Interrupted) else SIGINT
@@ -196,12 +226,12 @@ class _Run:
                 missing.append(one)
         return missing
 
-    def _size_of_batches(self, family: StableDiffusion) -> int:
+    def _size_of_batches(self, model: Description) -> int:
         """Return one batch shape for the whole plan, so that a run that goes on makes equal images."""
         if self._config.batch_size != "auto":
             most = self._config.batch_size
         else:
-            large = family.parameters >= LARGE
+            large = model.parameters >= LARGE
             most = 1 if large else MOST_BATCH
         size = most if self._row is not None else min(most, len(self._planned))
         self._events.detail(f"batch size {size}")
@@ -225,10 +255,14 @@ class _Run:
 
     # ---- making
 
-    def _make(self, missing: Sequence[Planned]) -> int:
+    def _make(self, missing: Sequence[Planned], family: StableDiffusion, choice: Choice) -> int:
         """Make images; returns how many are left when time is over."""
-        self._renderer.prepare(self._planned)
-        self._gallery.open()
+        from dbcap.generation.renderer import Renderer
+
+        renderer = Renderer(family, self._given, self._config, self._events)
+        renderer.prepare(self._planned)
+        how = {"device": choice.device, "dtype": choice.dtype, "threads": choice.threads}
+        self._gallery.open({**how, "batch_size": self._batch_size})
         total = sum(one.job.steps for one in missing)
         todo = {one.index for one in missing}
         with self._events.track("Generating", total, "steps") as tracker:
@@ -237,34 +271,32 @@ class _Run:
                     continue
                 if self._deadline is not None and time.monotonic() >= self._deadline:
                     return len(todo)
-                self._make_batch(batch, todo, tracker)
+                self._make_batch(renderer, batch, todo, tracker)
                 todo.difference_update(one.index for one in batch)
         return 0
 
-    def _make_batch(self, batch: Sequence[Planned], todo: set[int], tracker: Tracker) -> None:
+    def _make_batch(self, renderer: Renderer, batch: Sequence[Planned], todo: set[int], tracker: Tracker) -> None:
         """Make a whole batch, and write those of its images that are still to be made."""
         start = time.monotonic()
         wanted = {one.index: row for row, one in reversed(list(enumerate(batch))) if one.index in todo}
         if self._row is not None:
             wanted = {batch[0].index: self._row}
-        latents = self._renderer.latents(batch, lambda: tracker.advance(len(wanted)))
+        latents = renderer.latents(batch, lambda: tracker.advance(len(wanted)))
         seconds = round((time.monotonic() - start) / len(wanted), 3)
         for row in sorted(wanted.values()):
-            if not torch.isfinite(latents[row]).all():
-                self._fail(batch[row], "its numbers ran out of range", "use --dtype float32 or less --guidance")
-                continue
-            pixels = self._renderer.pixels(latents[row])
-            if self._renderer.flags(pixels):
-                self._fail(batch[row], "the model's safety checker flags it", "use another --seed or prompt")
+            try:
+                pixels = renderer.pixels(latents[row])
+            except UnfitError as error:
+                self._fail(batch[row], error)
                 continue
             path, facts = self._gallery.write(batch[row], row, pixels, seconds)
             self._made += 1
             self._printer.made(batch[row], path, facts)
 
-    def _fail(self, one: Planned, why: str, hint: str) -> None:
+    def _fail(self, one: Planned, error: UnfitError) -> None:
         self._failed += 1
-        about = f"the image of seed {one.job.seed} failed: {why}"
+        about = f"the image of seed {one.job.seed} failed: {error.message}"
         if self._config.on_error == "stop":
-            raise DbcapError(about, hint)
-        self._events.fail(f"{about}; {hint}")
+            raise DbcapError(about, error.hint)
+        self._events.fail(f"{about}; {error.hint}")
         self._printer.failed(one)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from dbcap.generation.schedulers import kept_steps
+
 _WORDS = slice(3, 627)
 """Where the twister's 624 words are in a generator's state, after its seed and where it stands."""
 
@@ -79,11 +81,6 @@ def guided(positive: torch.Tensor, negative: torch.Tensor, guidance: float, resc
     axes = tuple(range(1, mixed.ndim))
     like = mixed * (positive.std(axes, keepdim=True) / mixed.std(axes, keepdim=True))
     return rescale * like + (1 - rescale) * mixed
-
-
-def kept_steps(steps: int, strength: float) -> int:
-    """Return how many of `steps` image to image takes: none where `strength` is too low for one."""
-    return min(int(steps * strength + 1e-9), steps)
 
 
 @torch.inference_mode()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
-
 from dbcap.errors import ModelError, UsageError, did_you_mean
 
 _DPM = {"algorithm_type": "dpmsolver++", "use_karras_sigmas": False}
@@ -44,6 +42,11 @@ def same_as(name: str, config: Mapping[str, Any]) -> str:
     return own.removesuffix("Scheduler")
 
 
+def kept_steps(steps: int, strength: float) -> int:
+    """Return how many of `steps` image to image takes: none where `strength` is too low for one."""
+    return min(int(steps * strength + 1e-9), steps)
+
+
 def known(name: str | None) -> str:
     """Return the name of a scheduler as jobs say it. Raises UsageError for one that is unknown."""
     if name is not None and name not in SCHEDULERS:
@@ -57,6 +60,8 @@ def make(name: str, config: Mapping[str, Any]) -> Any:
 
     Raises ModelError for a class that diffusers has not.
     """
+    import diffusers  # a second that planning needs not
+
     if name == OWN:
         own = str(config.get("_class_name", "DDIMScheduler"))
         kind = getattr(diffusers, own, None)

@@ -130,10 +130,10 @@ def test_the_text_encoder_can_be_let_go_and_comes_back(family, tiny_diffusion):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"_class_name": "FluxPipeline"}', "model is a FluxPipeline, which dbcap does not know; it knows"),
-        ("{}", "model is a None, which"),
-        ("{", r"model has no readable model_index\.json"),
-        ("[]", r"model has no readable model_index\.json"),
+        ('{"_class_name": "FluxPipeline"}', "model is a FluxPipeline, which dbcap does not know; dbcap knows"),
+        ("{}", "model names no kind of pipeline"),
+        ("{", r"model_index\.json is damaged: "),
+        ("[]", r"model_index\.json is damaged: "),
     ],
 )
 def test_what_is_no_family(family, tmp_path, content, message):

@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 from typing import TYPE_CHECKING
 
 from dbcap.errors import ModelError
-from dbcap.models.families.sd import StableDiffusion
-from dbcap.models.families.sdxl import StableDiffusionXL
-from dbcap.models.layout import PIPELINE
+from dbcap.models import pipelines
+from dbcap.models.families.description import Description
 
 if TYPE_CHECKING:
+    from dbcap.models.families.sd import StableDiffusion
     from dbcap.models.hub import LocalModel
 
-FAMILIES: dict[str, type[StableDiffusion]] = {
-    "StableDiffusionPipeline": StableDiffusion,
-    "StableDiffusionInpaintPipeline": StableDiffusion,
-    "StableDiffusionImg2ImgPipeline": StableDiffusion,
-    "StableDiffusionXLPipeline": StableDiffusionXL,
-    "StableDiffusionXLInpaintPipeline": StableDiffusionXL,
-    "StableDiffusionXLImg2ImgPipeline": StableDiffusionXL,
+_SD, _XL = "sd:StableDiffusion", "sdxl:StableDiffusionXL"
+FAMILIES = {
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionXLPipeline": _XL,
+    "StableDiffusionXLInpaintPipeline": _XL,
+    "StableDiffusionXLImg2ImgPipeline": _XL,
 }
-"""`_class_name` of a model_index.json -> family."""
+"""`_class_name` of a model_index.json -> module and class of its family, which import torch."""
+
+
+def describe(local: LocalModel) -> Description:
+    """Return what a pipeline's small files tell. Raises ModelError for one of no family."""
+    _family(local)
+    return Description(local)
 
 
 def load(local: LocalModel, device: str, dtype: str) -> StableDiffusion:
     """Return the family object of a pipeline; its parts are read when they are used. Raises ModelError."""
-    path = local.folder / PIPELINE
-    try:
-        kind = str(json.loads(path.read_text("utf-8")).get("_class_name"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{local.spec.text} has no readable {PIPELINE}: {error}") from error
+    module, _, name = _family(local).partition(":")
+    family: type[StableDiffusion] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return family(local, device, dtype)
+
+
+def _family(local: LocalModel) -> str:
+    kind = pipelines.class_name(local.folder)
     if kind not in FAMILIES:
-        raise ModelError(
-            f"{local.spec.text} is a {kind}, which dbcap does not know", "it knows Stable Diffusion 1.x, 2.x and XL"
-        )
-    return FAMILIES[kind](local, device, dtype)
+        what = f"is a {kind}, which dbcap does not know" if kind else "names no kind of pipeline"
+        raise ModelError(f"{local.spec.text} {what}", "dbcap knows Stable Diffusion 1.x, 2.x and XL")
+    return FAMILIES[kind]

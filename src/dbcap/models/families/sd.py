@@ -15,15 +15,14 @@ from safetensors.torch import save
 from transformers import AutoTokenizer, CLIPTextModel
 
 from dbcap.files import open_atomic
-from dbcap.models import denoiser, embeddings, identity, lora, parts
+from dbcap.models import denoiser, embeddings, lora, parts
 from dbcap.models.embeddings import Embedding
+from dbcap.models.families.description import Description
 from dbcap.models.families.original import OriginalWeights, to_original, unet_names
-from dbcap.models.identity import Identity
-from dbcap.models.layout import CONFIG
 from dbcap.models.libraries import clear_errors, compile_module
 from dbcap.models.lora import Lora
 from dbcap.models.mapped import MappedWeights, trim
-from dbcap.models.pipelines import has_checker, small_in, weight_files
+from dbcap.models.pipelines import small_in, weight_files
 from dbcap.models.safety import SafetyChecker
 from dbcap.models.single_file import FILES
 
@@ -41,82 +40,20 @@ class Condition:
     """What a family adds, by the name that its UNet knows, each (X,)."""
 
 
-class StableDiffusion:
+class StableDiffusion(Description):
     """A pipeline in a folder. Its parts are loaded when they are first used, and the text encoder can be let go."""
 
     text_parts: tuple[tuple[str, str, Any], ...] = (("tokenizer", "text_encoder", CLIPTextModel),)
     """Tokenizer, encoder and its class."""
 
     def __init__(self, local: LocalModel, device: str, dtype: str) -> None:
-        self.name = local.spec.text
-        self._single = local.single
-        self._local = local
-        path = local.single.path if local.single else local.spec.path and local.folder
-        self.address = str(path or local.spec.text)
-        """What `--model` takes to find it from any folder."""
-        self.title = path.name.removesuffix(".safetensors") if path else local.spec.text
-        """What it is called, wherever it lies."""
+        super().__init__(local)
         self.device, self.dtype = torch.device(device), getattr(torch, dtype)
-        self.folder = local.folder
         self._encoders: list[Any] | None = None
         self._files: list[MappedWeights] = []
         self._compiles = False
         self._loras: list[Lora] = []
         self._embeddings: list[Embedding] = []
-
-    # ---- what it is
-
-    @cached_property
-    def _unet_config(self) -> dict[str, Any]:
-        config = {"in_channels": 4, "sample_size": 64, **UNet2DConditionModel.load_config(self.folder / "unet")}
-        if self._single:  # the base may inpaint, and the file not, or the other way round
-            config["in_channels"] = self._single.in_channels
-        return config
-
-    @cached_property
-    def _vae_config(self) -> dict[str, Any]:
-        # What the configs of 2022, SD 1.5's among them, do not say, as diffusers takes it.
-        usual = {"scaling_factor": 0.18215, "latent_channels": 4, "force_upcast": True}
-        return usual | dict(AutoencoderKL.load_config(self.folder / "vae"))
-
-    @property
-    def parameters(self) -> int:
-        """How many weights it has. Raises ModelError for a damaged file."""
-        return self._local.parameters
-
-    @property
-    def scheduler_config(self) -> dict[str, Any]:
-        """What the model's own scheduler_config.json says, its class under `_class_name`."""
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return config
-
-    @cached_property
-    def identity(self) -> Identity:
-        """The identifier and the class word of a model, LoRA or embedding that dbcap trained."""
-        files = [*(one.path for one in self._loras), *(one.path for one in self._embeddings)]
-        said = [(self.name, identity.of_folder(self.folder))]
-        return identity.agreed([*said, *((str(path), identity.of_header(path)) for path in files)])
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent: widths and heights are multiples of it."""
-        return int(2 ** (len(self._vae_config["block_out_channels"]) - 1))
-
-    @property
-    def size(self) -> int:
-        """Width and height that the model was trained with, in pixels."""
-        return int(self._unet_config["sample_size"]) * self.factor
-
-    @property
-    def latent_channels(self) -> int:
-        """Channels of a latent."""
-        return int(self._vae_config["latent_channels"])
-
-    @property
-    def inpaints(self) -> bool:
-        """Whether the denoiser itself takes a mask and the masked image."""
-        return int(self._unet_config["in_channels"]) == 2 * self.latent_channels + 1
 
     def add_lora(self, path: Path, scale: float) -> None:
         """Take a LoRA file, before a part is loaded. Raises UsageError for one that does not fit."""
@@ -210,7 +147,7 @@ class StableDiffusion:
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        weights, config = self._weights("unet"), self._unet_config
+        weights, config = self._weights("unet"), self.unet_config
         model = parts.diffusers_model(UNet2DConditionModel, config, weights, self._called("unet"), self.dtype)
         model = model.to(self.device)
         names = unet_names(model) if self._loras else {}
@@ -225,17 +162,12 @@ class StableDiffusion:
     def _weights(self, part: str) -> MappedWeights:
         """Open the weights of a part."""
         with clear_errors(self.name):
-            if self._single:
-                weights: MappedWeights = OriginalWeights(self._single, part, self._config(part))
+            if self._local.single:
+                weights: MappedWeights = OriginalWeights(self._local.single, part, self.config(part))
             else:
                 weights = MappedWeights(weight_files(self.folder / part))
         self._files.append(weights)
         return weights
-
-    def _config(self, part: str) -> dict[str, Any]:
-        read = {"unet": self._unet_config, "vae": self._vae_config}
-        config: dict[str, Any] = read.get(part) or json.loads((self.folder / part / CONFIG).read_text("utf-8"))
-        return config
 
     def _called(self, part: str) -> str:
         return f"the {part} of {self.name}"
@@ -248,16 +180,16 @@ class StableDiffusion:
     @cached_property
     def vae(self) -> Any:
         """The autoencoder. In float16 SDXL's overflows, so there it runs in float32, as its config asks."""
-        upcast = self.dtype == torch.float16 and self._vae_config["force_upcast"]
+        upcast = self.dtype == torch.float16 and self.vae_config["force_upcast"]
         dtype = torch.float32 if upcast else self.dtype
-        weights, config = self._weights("vae"), self._vae_config
+        weights, config = self._weights("vae"), self.vae_config
         model = parts.diffusers_model(AutoencoderKL, config, weights, self._called("vae"), dtype)
         return model.to(self.device, memory_format=torch.channels_last)
 
     @cached_property
     def safety(self) -> SafetyChecker | None:
         """The safety checker; None where there is none, as in XL and in single files."""
-        if self._single or not has_checker(self.folder):
+        if not self.has_checker:
             return None
         return SafetyChecker(self.folder, self.name, self.device, self._weights)
 
@@ -282,7 +214,7 @@ class StableDiffusion:
     @property
     def original_kind(self) -> str:
         """Which of the original layouts it has: "sd1" or "sd2", by whose text encoder it is, CLIP's or OpenCLIP's."""
-        return "sd1" if self._config("text_encoder").get("hidden_act") == "quick_gelu" else "sd2"
+        return "sd1" if self.config("text_encoder").get("hidden_act") == "quick_gelu" else "sd2"
 
     def write_single_file(self, path: Path) -> None:
         """Write the model, without what was added, as one file; with its configs and tokenizers in the header.
@@ -294,7 +226,7 @@ class StableDiffusion:
             "vae": AutoencoderKL,
             **{name: kind for _, name, kind in self.text_parts},
         }
-        configs = {part: self._config(part) for part in names}
+        configs = {part: self.config(part) for part in names}
         states = {}
         for part, kind in names.items():
             weights, called = self._weights(part), self._called(part)
@@ -321,8 +253,8 @@ class StableDiffusion:
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents (C, H, W) -> RGB uint8 (height, width, 3) on the CPU. One alone, so that none has mates."""
-        scaled = latents[None] / self._vae_config["scaling_factor"]
-        if shift := self._vae_config.get("shift_factor"):
+        scaled = latents[None] / self.vae_config["scaling_factor"]
+        if shift := self.vae_config.get("shift_factor"):
             scaled = scaled + shift
         given = scaled.to(self.vae.dtype, memory_format=torch.channels_last)
         picture = self.vae.decode(given).sample[0].float()
@@ -333,7 +265,7 @@ class StableDiffusion:
         """Encode RGB uint8 (height, width, 3) -> latents (C, H, W) float32: the mean, so that nothing is drawn."""
         given = (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(self.device, self.vae.dtype)
         mean = self.vae.encode(given.contiguous(memory_format=torch.channels_last)).latent_dist.mode()[0].float()
-        if shift := self._vae_config.get("shift_factor"):
+        if shift := self.vae_config.get("shift_factor"):
             mean = mean - shift
-        scaled: torch.Tensor = mean * self._vae_config["scaling_factor"]
+        scaled: torch.Tensor = mean * self.vae_config["scaling_factor"]
         return scaled
