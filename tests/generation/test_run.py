@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def generate(home, tiny_diffusion, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(folder)
 
     def call(*words, model=tiny_diffusion):
-        code = command(["generate", *words, "--model", str(model), *QUICK])
+        code = command(["generate", "--model", str(model), *QUICK, *words])
         out, err = capfd.readouterr()
         return code, out.splitlines(), err
 
@@ -168,11 +169,34 @@ def test_long_prompts_are_cut_and_that_is_said(generate):
     code, lines, err = generate("a dog " * 20, "a dog " * 7)
     assert code == 0
     assert err.count("left out") == 1
-    assert "prompt 1: the prompt has 40 tokens, and the model reads 14: left out 'a dog" in err
+    assert "prompt 1: the prompt has 40 tokens, and the model reads 14: left out 26 tokens, 'a dog" in err
     assert (pixels(lines[0]) == pixels(lines[1])).all(), "what is left is the other prompt"
     code, chunked, err = generate("a dog " * 20, "--long-prompt", "chunk")
     assert (code, err) == (0, "1 made\n")
     assert (pixels(chunked[0]) != pixels(lines[0])).any()
+
+
+def test_of_a_very_long_prompt_not_all_is_said_again(generate):
+    code, _, err = generate("a dog " * 20_000)
+    assert code == 0
+    assert "left out 39986 tokens, 'a dog a dog a dog " in err
+    assert len(re.search("'(a dog .*)[.]{3}'", err)[1]) == 57
+    assert len(err) < 250
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [("float32", "or a weight of the model or a LoRA is no number"), ("bfloat16", "or --dtype float32")],
+)
+def test_a_weight_that_is_no_number(generate, tiny_diffusion, tmp_path, dtype, hint):
+    model = shutil.copytree(tiny_diffusion, tmp_path / "model")
+    path = model / "unet/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"][0] = torch.nan
+    save_file(weights, path)
+    code, lines, err = generate("a dog", "--dtype", dtype, model=model)
+    assert (code, lines) == (3, [])
+    assert f"failed: its numbers ran out of range; use less --guidance, {hint}\n" in err
 
 
 def test_a_picture_to_begin_with_and_where_to_paint(generate):
@@ -318,8 +342,8 @@ def test_a_model_in_one_file_makes_the_same_images(generate, family, tiny_diffus
         assert facts_of(Path(found[0]))["key"] != facts_of(Path(lines[0]))["key"]
         Path(f"{model}.safetensors").rename(f"{model}.keep")
         code, _, err = generate("--like", found[1], "--out", f"like{number}")
-        assert code == 1
-        assert "no such file" in err
+        assert code == 2
+        assert "is not what it was" in err
         Path(f"{model}.keep").rename(f"{model}.safetensors")
         code, again, _ = generate("--like", found[1], "--out", f"like{number}")
         assert code == 0

@@ -64,6 +64,8 @@ def test_xl_has_a_table_for_each_encoder(folders, tmp_path):
         ("xl", {"clip_l": (1, 32), "clip_g": (2, 32)}, "holds no embedding"),
         ("sd", {"a": (1, 32), "b": (1, 32)}, "holds no embedding: a, b"),
         ("sd", {"emb_params": (1, 2, 3)}, "holds no embedding"),
+        ("sd", {"": (1, 32)}, "its word is empty"),
+        ("sd", {" \n": (1, 32)}, "its word is empty"),
         ("sd", {"dog": (1, 32)}, "the word 'dog' is known to this model already"),
     ],
 )

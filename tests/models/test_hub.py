@@ -23,7 +23,8 @@ from dbcap.config import paths
 from dbcap.errors import ModelError, UsageError
 from dbcap.files import Lock
 from dbcap.models import remote
-from dbcap.models.hub import cached_models, inspect, locate
+from dbcap.models.hub import locate
+from dbcap.models.reports import cached_models, inspect
 from dbcap.plugins import loader
 
 NAME = "nlpconnect/vit-gpt2-image-captioning"

@@ -9,7 +9,8 @@ import pytest
 from dbcap.config import paths
 from dbcap.errors import ModelError
 from dbcap.models import remote
-from dbcap.models.hub import cached_models, inspect, locate
+from dbcap.models.hub import locate
+from dbcap.models.reports import cached_models, inspect
 
 PAINTER = "org/painter"
 OF_PARTS = [
@@ -203,13 +204,22 @@ def test_pipelines_in_the_list_of_the_cache(gallery, heard):
     assert (whole.kind, whole.complete, whole.revision) == ("diffusion", True, gallery.commit(PAINTER))
 
 
-@pytest.mark.parametrize("missing", ["vae/config.json", "unet/config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "missing",
+    ["vae/config.json", "unet/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"],
+)
 def test_a_small_file_that_is_missing_makes_a_snapshot_incomplete(missing, gallery, heard):
     model = paint(PAINTER, heard)
     (model.folder / missing).unlink()
     assert "is not in the cache" in refusal(PAINTER, heard, offline=True)
     assert paint(PAINTER, heard) == model
     assert paths_fetched(gallery).count(missing) == 1  # its content is in the cache still
+
+
+def test_a_folder_that_is_not_whole_is_shown_with_its_problem(home, heard, tiny_diffusion, tmp_path):
+    folder = shutil.copytree(tiny_diffusion, tmp_path / "copied")
+    (folder / "unet/config.json").unlink()
+    assert show(str(folder), heard).problem == f"{folder} has no unet/config.json"
 
 
 def test_a_damaged_model_index(home, heard, tiny_diffusion, tmp_path):

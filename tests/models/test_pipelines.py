@@ -107,11 +107,15 @@ def test_shards_of_half_precision_under_newer_and_older_names(index, shard):
 
 @pytest.mark.parametrize(
     "gone",
-    [["unet/config.json"], ["vae/config.json"], ["text_encoder/config.json"], ["tokenizer/vocab.json"]],
-    ids=lambda names: names[0],
+    [
+        *("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer/vocab.json"),
+        "scheduler/scheduler_config.json",
+    ],
 )
 def test_what_no_loader_can_do_without(gone):
-    assert not choose(set(PUBLISHED) - set(gone), "here").complete
+    found = choose(set(PUBLISHED) - {gone}, "here")
+    assert not found.complete
+    assert gone in found.lacks.split(" or ")
 
 
 def test_a_pipeline_with_two_encoders_needs_two_vocabularies():
@@ -181,6 +185,24 @@ def test_a_shard_that_is_missing_or_leads_elsewhere(sharded):
     (sharded / "unet" / shard).unlink()
     with pytest.raises(ModelError, match=f"here has no unet/{shard}, which {UNET}.safetensors.index.json names"):
         choose_in(sharded, "here")
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("unet/config.json", "has no unet/config.json"),
+        ("scheduler/scheduler_config.json", "has no scheduler/scheduler_config.json"),
+        ("tokenizer/tokenizer.json", "has no tokenizer/tokenizer.json or tokenizer/vocab.json"),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_no_model_and_no_base(tiny_diffusion, tmp_path, gone, message):
+    folder = shutil.copytree(tiny_diffusion, tmp_path / "model")
+    parts = ("unet", "vae", "text_encoder")
+    assert pipelines.describes(folder, parts)
+    (folder / gone).unlink()
+    with pytest.raises(ModelError, match=f"here {message}; fetch or copy the model again"):
+        choose_in(folder, "here")
+    assert not pipelines.describes(folder, parts)
 
 
 def test_a_part_without_weights(tiny_diffusion, tmp_path):

@@ -15,8 +15,9 @@ from dbcap.config import paths
 from dbcap.errors import ModelError, UsageError
 from dbcap.models import single_file
 from dbcap.models.families import load
-from dbcap.models.hub import inspect, locate
+from dbcap.models.hub import locate
 from dbcap.models.identity import Identity
+from dbcap.models.reports import inspect
 from dbcap.models.single_file import FILES, read
 from dbcap.testing.diffusion import write_diffusion
 

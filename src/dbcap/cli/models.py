@@ -15,7 +15,7 @@ from dbcap.files import in_units
 from dbcap.plugins import loader
 
 if TYPE_CHECKING:
-    from dbcap.models.hub import ModelReport
+    from dbcap.models.reports import ModelReport
 
 app = App()
 
@@ -39,7 +39,7 @@ Kind = Annotated[
 @plain
 def list_(session: Session, as_json: Json = False) -> None:
     """List the models of plugins and those in the hub's cache."""
-    from dbcap.models import hub
+    from dbcap.models import reports
 
     rows: list[dict[str, Any]] = [
         {
@@ -53,7 +53,7 @@ def list_(session: Session, as_json: Json = False) -> None:
         }
         for m in loader.models()
     ]
-    for cached in hub.cached_models():
+    for cached in reports.cached_models():
         torn = cached.kind != "unknown" and not cached.complete
         note = "incomplete: `dbcap models pull` completes it" if torn else ", ".join(cached.refs)
         rows.append(
@@ -102,9 +102,9 @@ def pull(session: Session, spec: Spec, kind: Kind = None) -> None:
 @plain
 def show(session: Session, spec: Spec, kind: Kind = None, as_json: Json = False) -> None:
     """Show a model's files, sizes, hashes, licence and kind. Its weights are not fetched."""
-    from dbcap.models import hub
+    from dbcap.models import reports
 
-    report = hub.inspect(spec, kind=kind, offline=session.common.offline, events=session.events, home=cache_dir())
+    report = reports.inspect(spec, kind=kind, offline=session.common.offline, events=session.events, home=cache_dir())
     _say_others(session, spec, kind)
     if as_json:
         print_json(_as_dict(report))

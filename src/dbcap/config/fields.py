@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 PREFIX = "DBCAP_"
@@ -137,7 +137,7 @@ def _bounds(field: FieldInfo) -> str:
             words.append(f"above {item.gt}")
         elif isinstance(item, annotated_types.Le):
             words.append(f"of at most {item.le}")
-        elif isinstance(item, annotated_types.MinLen):
+        elif isinstance(item, AfterValidator):
             words.append("that is not empty")
     return " " + " and ".join(words) if words else ""
 

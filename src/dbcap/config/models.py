@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, MinLen
-from pydantic import model_validator
+from annotated_types import Ge, Le
+from pydantic import AfterValidator, model_validator
 
 from dbcap.config.fields import Section, argument, flag_of, option
 
@@ -21,10 +22,21 @@ OF_BEAMS = ("length_penalty", "early_stopping")
 
 Count = Annotated[int, Ge(1)]
 MOST = 256  # beams, candidates, threads: more is a slip of the finger, and takes all memory
-Text = Annotated[str, MinLen(1)]
+
+
+def _text(value: str) -> str:
+    if not value or "\0" in value:
+        raise ValueError("empty, or no text")
+    return value
+
+
+# No MinLen: it would refuse file names that are no UTF-8.
+Text = Annotated[str, AfterValidator(_text)]
+Place = Annotated[str, AfterValidator(lambda value: os.path.expanduser(_text(value)))]
+"""A file or folder; ~ is the home also where no shell has seen to it."""
 Side = Annotated[int, Ge(1), Le(8192)]
 Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
-DURATION = r"^(\d+h(\d+m)?(\d+s)?|\d+m(\d+s)?|\d+s?)$"
+DURATION = r"^(\d{1,6}h(\d{1,6}m)?(\d{1,6}s)?|\d{1,6}m(\d{1,6}s)?|\d{1,9}s?)$"
 SCHEDULERS = ("ddim", "pndm", "euler", "euler-a", "dpm++", "dpm++-karras", "unipc", "lms", "heun")
 
 
@@ -208,7 +220,7 @@ class GenerateConfig(ComputeConfig):
     prompts: tuple[str, ...] = argument(
         "PROMPT", "Prompts, @FILE for a list of them (lines, .jsonl or .csv), - for a list on stdin.", required=False
     )
-    like: str | None = option(
+    like: Place | None = option(
         None, "Make the image in this file of dbcap's again, from what is written in it.", group=PROMPTS, metavar="FILE"
     )
     expand: bool = option(
@@ -226,7 +238,7 @@ class GenerateConfig(ComputeConfig):
         group=COMPUTE,
         metavar="MODEL",
     )
-    base: str | None = option(
+    base: Place | None = option(
         None,
         "Take configs and tokenizers of a one-file --model from this folder.",
         group=COMPUTE,
@@ -264,15 +276,15 @@ class GenerateConfig(ComputeConfig):
     eta: float = option(0.0, "DDIM: noise in each step, from 0 (none) to 1.", group=SAMPLING, ge=0, le=1)
     width: Side | None = option(None, "Width in pixels.", group=SAMPLING, unset=OF_MODEL)
     height: Side | None = option(None, "Height in pixels.", group=SAMPLING, unset=OF_MODEL)
-    init: str | None = option(None, "Begin with this image instead of noise.", group=SAMPLING, metavar="IMAGE")
+    init: Place | None = option(None, "Begin with this image instead of noise.", group=SAMPLING, metavar="IMAGE")
     strength: float = option(
         0.8, "With --init: how much of it is painted over, from 0 to 1.", group=SAMPLING, ge=0, le=1
     )
-    mask: str | None = option(
+    mask: Place | None = option(
         None, "With --init: paint only where this image is white.", group=SAMPLING, metavar="IMAGE"
     )
 
-    out: Text = option("outputs", "Folder to write into.", "-o", group=OUTPUT, metavar="DIR")
+    out: Place = option("outputs", "Folder to write into.", "-o", group=OUTPUT, metavar="DIR")
     name: Text = option(
         "{index:05d}-{seed}",
         "File name without its ending; fields: index, seed, prompt, date.",
@@ -284,11 +296,11 @@ class GenerateConfig(ComputeConfig):
         "paths", "What to print for each image: its path, or all about it.", "-f", group=OUTPUT
     )
     show: bool = option(False, "Show each image in a terminal that can (iTerm2, WezTerm, kitty ...).", group=OUTPUT)
-    grid: str | None = option(None, "Write all images of this run side by side.", group=OUTPUT, metavar="FILE")
+    grid: Place | None = option(None, "Write all images of this run side by side.", group=OUTPUT, metavar="FILE")
     existing: Literal["skip", "overwrite", "error"] = option(
         "skip", "What to do with images that are there already.", group=OUTPUT
     )
-    lock: str | None = option(None, "Lock this file instead of one in the folder.", group=OUTPUT, metavar="FILE")
+    lock: Place | None = option(None, "Lock this file instead of one in the folder.", group=OUTPUT, metavar="FILE")
     dry_run: bool = option(False, "Say what would be made, and make nothing.", group=OUTPUT)
     max_time: str | None = option(
         None,
@@ -304,10 +316,12 @@ class GenerateConfig(ComputeConfig):
 
     @model_validator(mode="after")
     def _combinations(self) -> GenerateConfig:
-        if self.mask and not self.init:
+        if self.mask and not (self.init or self.like):
             raise ValueError("--mask needs --init")
         if self.like and self.prompts:
             raise ValueError("--like takes the prompt from the image: give no other")
+        if any("\ud800" <= letter <= "\udfff" for letter in self.negative):
+            raise ValueError("--negative is no UTF-8")
         if not self.like and not self.prompts:
             raise ValueError('there is no prompt: write one, as in dbcap generate "a photo of a cat"')
         return self

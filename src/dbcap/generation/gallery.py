@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +18,22 @@ from PIL import Image
 
 from dbcap import __version__
 from dbcap.config.models import GenerateConfig
-from dbcap.errors import DbcapError
+from dbcap.errors import DbcapError, UsageError
 from dbcap.events import Events
 from dbcap.files import open_atomic
 from dbcap.generation import jobs, pictures, schedulers, show
+from dbcap.generation.manifest import NAME as MANIFEST
 from dbcap.generation.manifest import Manifest
 from dbcap.generation.plan import Given, Planned
 from dbcap.inputs import shown
+from dbcap.pixels import HOSTILE
 
 if TYPE_CHECKING:
     from dbcap.models.families.description import Description
+
+
+GRIDS = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+"""Ending of a grid's name -> its format."""
 
 
 class Gallery:
@@ -50,6 +58,7 @@ class Gallery:
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
             "lora": [str(one) for one in given.additions if not one.embedding],
             "embedding": [str(one) for one in given.additions if one.embedding],
+            **({"low_memory": True} if config.low_memory else {}),
             **({"safety": True} if config.safety and model.has_checker else {}),
             "version": __version__,
         }
@@ -80,32 +89,47 @@ class Gallery:
         data = pictures.encoded(pixels, self._config.image_format, text, facts)
         path = self._folder / self._file_name(one)
         facts["seconds"] = seconds
-        try:
-            with open_atomic(path) as file:
-                file.write(data)
+        with self._writing(path), open_atomic(path) as file:
+            file.write(data)
+        with self._writing(self._folder / MANIFEST):
             self._manifest.add(job.key, path.name, facts)
-        except OSError as error:
-            why = error.strerror or error
-            raise DbcapError(f"cannot write {shown(str(path))}: {why}", f"make room; {self._again} goes on") from error
         if self._shows:
             sys.stderr.write(show.sequence(Image.fromarray(pixels), self._shows))
             sys.stderr.flush()
         return path, facts
 
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            hint = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "look into that"
+            message = f"cannot write {shown(str(path))}: {error.strerror or error}"
+            raise DbcapError(message, f"{hint}; {self._again} goes on") from error
+
+    def check_grid(self) -> None:
+        """Raise UsageError for a --grid that would go over something else, or into a format that it has no name of."""
+        path = Path(str(self._config.grid))
+        if path.suffix.lower() not in GRIDS:
+            raise UsageError(
+                f"--grid {shown(str(path))} must end in {', '.join(GRIDS)}", "name it grid.png, for example"
+            )
+        if os.path.lexists(path) and not (path.is_file() and pictures.is_grid(path)):
+            raise UsageError(f"--grid {shown(str(path))} is there, and is no grid of dbcap's", "choose another name")
+        if not path.parent.is_dir() and path.parent != self._folder:
+            raise UsageError(f"--grid: there is no folder {shown(str(path.parent))}", "make it, or choose another")
+
     def write_grid(self, planned: Sequence[Planned]) -> None:
         """Write all images of a plan side by side. Raises DbcapError where that cannot be written."""
+        self.check_grid()  # again: an image may have been given that name meanwhile
         path = Path(str(self._config.grid))
         found = [self._manifest.find(one.job.key) for one in planned]
-        opened = [Image.open(one).convert("RGB") for one in found if one]
+        opened = [_opened(one) for one in found if one]
         if not opened:
             return
         columns = self._config.num_images if self._config.num_images > 1 else None
-        try:
-            with open_atomic(path) as file:
-                kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG"
-                pictures.grid(opened, columns).save(file, kind)
-        except OSError as error:
-            raise DbcapError(f"cannot write --grid {shown(str(path))}: {error.strerror or error}") from error
+        with self._writing(path), open_atomic(path) as file:
+            pictures.write_grid(opened, columns, file, GRIDS[path.suffix.lower()])
 
     def _file_name(self, one: Planned) -> str:
         """Return a name that is free, or that of the image that is made anew."""
@@ -125,3 +149,11 @@ class Gallery:
             number += 1
             name = jobs.fitting(stem, f"-{number}{ending}")
         return name
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except HOSTILE as error:
+        hint = "delete it: the same command makes it again"
+        raise DbcapError(f"{shown(str(path))} cannot be read: {error}", hint) from error

@@ -39,7 +39,7 @@ class Manifest:
         """Return the image of a job, if it is there and is not, by what it says itself, another's."""
         for name in reversed(self._names.get(key, ())):
             path = self._folder / name
-            if self._key_of[name] == key and os.path.isfile(path):
+            if self._key_of[name] == key and pictures.whole(path):
                 facts = pictures.facts_of(path)
                 if facts is None or facts["key"] == key:  # without facts: somebody took them out
                     return path
@@ -76,7 +76,7 @@ class Manifest:
             if isinstance(key, str) and isinstance(name, str) and os.path.basename(name) == name:
                 self._remember(key, name)
         for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else ():
-            if path.suffix.lower() in _SUFFIXES and path.name not in self._key_of and path.is_file():
+            if path.suffix.lower() in _SUFFIXES and path.name not in self._key_of and pictures.whole(path):
                 facts = pictures.facts_of(path)
                 if facts:
                     self._key_of[path.name] = facts["key"]

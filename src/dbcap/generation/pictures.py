@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dbcap.errors import DbcapError
-from dbcap.generation.jobs import Job
+from dbcap.generation.jobs import Job, UnfitError
 from dbcap.pixels import HOSTILE
 
 ENDINGS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 MOST_EXIF = 65533
 """Bytes of Exif data in a JPEG."""
-_DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286
+_DESCRIPTION, _EXIF, _COMMENT, _SOFTWARE = 0x010E, 0x8769, 0x9286, 0x0131
+_GRID = "dbcap grid"
 _SAMPLERS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
@@ -64,7 +65,7 @@ def _quoted(value: str) -> str:
 def encoded(pixels: npt.NDArray[np.uint8], kind: str, text: str, facts: dict[str, Any]) -> bytes:
     """Return a picture file of RGB pixels (height, width, 3); `kind` is png, webp (lossless) or jpeg.
 
-    Raises DbcapError where a JPEG has no room for the texts.
+    Raises UnfitError where a JPEG has no room for the texts.
     """
     image = Image.fromarray(pixels)
     document = json.dumps(facts, ensure_ascii=True)
@@ -81,7 +82,7 @@ def encoded(pixels: npt.NDArray[np.uint8], kind: str, text: str, facts: dict[str
     options: dict[str, Any] = {"lossless": True} if kind == "webp" else {"quality": 95, "subsampling": 0}
     packed = exif.tobytes()
     if kind == "jpeg" and len(packed) > MOST_EXIF:
-        raise DbcapError("the prompt is too long to be kept in a JPEG", "use --image-format png or webp")
+        raise UnfitError("the prompt is too long to be kept in a JPEG", "use --image-format png or webp")
     image.save(buffer, kind.upper(), exif=packed, **options)
     return buffer.getvalue()
 
@@ -98,6 +99,40 @@ def facts_of(path: Path) -> dict[str, Any] | None:
         return None
     sound = isinstance(facts, dict) and isinstance(facts.get("job"), dict) and isinstance(facts.get("key"), str)
     return facts if sound else None
+
+
+def whole(path: Path) -> bool:
+    """Return whether a picture file ends as its format does: it was not cut short. Decodes no pixels."""
+    if not path.is_file():  # opening a pipe would wait for its other end
+        return False
+    try:
+        with path.open("rb") as file:
+            start, size = file.read(12), file.seek(0, os.SEEK_END)
+            file.seek(-min(12, size), os.SEEK_END)
+            end = file.read()
+    except OSError:
+        return False
+    if start.startswith(b"RIFF"):
+        return int.from_bytes(start[4:8], "little") + 8 == size
+    return end.endswith(b"IEND\xaeB`\x82" if start.startswith(b"\x89PNG") else b"\xff\xd9")
+
+
+def write_grid(pictures: Sequence[Image.Image], columns: int | None, file: IO[bytes], kind: str) -> None:
+    """Write pictures side by side as PNG, WEBP or JPEG, marked so that `is_grid` knows it again."""
+    exif = Image.Exif()
+    exif[_SOFTWARE] = _GRID
+    grid(pictures, columns).save(file, kind, exif=exif.tobytes(), quality=95)
+
+
+def is_grid(path: Path) -> bool:
+    """Return whether `write_grid` wrote a file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=[kind.upper() for kind in ENDINGS]) as image:
+                return image.getexif().get(_SOFTWARE) == _GRID
+    except HOSTILE:
+        return False
 
 
 def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

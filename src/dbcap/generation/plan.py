@@ -18,6 +18,7 @@ from dbcap.events import Events
 from dbcap.files import sha256_of
 from dbcap.generation import prompts, schedulers
 from dbcap.generation.jobs import MOST_SEED, Job
+from dbcap.generation.like import damaged
 from dbcap.generation.prompts import Request
 from dbcap.images import read
 from dbcap.inputs import shown
@@ -100,7 +101,7 @@ def _loras(config: GenerateConfig) -> list[Addition]:
             value = math.nan
         if not math.isfinite(value):
             raise UsageError(f"--lora {shown(text)}: {scale!r} is no scale", "write FILE:0.8, for example")
-        path = Path(name)
+        path = Path(os.path.expanduser(name))
         if not path.is_file():
             raise UsageError(f"--lora: there is no file {shown(name)}", "check the path")
         found.append(Addition(path, value, sha256_of(path)))
@@ -110,9 +111,10 @@ def _loras(config: GenerateConfig) -> list[Addition]:
 def _embeddings(config: GenerateConfig) -> list[Addition]:
     found = []
     for name in config.embedding:
-        if not os.path.isfile(name):
+        path = Path(os.path.expanduser(name))
+        if not path.is_file():
             raise UsageError(f"--embedding: there is no file {shown(name)}", "check the path")
-        found.append(Addition(Path(name), 1.0, sha256_of(Path(name)), embedding=True))
+        found.append(Addition(path, 1.0, sha256_of(path), embedding=True))
     return found
 
 
@@ -163,19 +165,43 @@ def repeated(
     given: Given,
     config: GenerateConfig,
 ) -> Planned:
-    """Return the job of a picture as a plan. Raises UsageError where the model or a picture is another by now."""
-    for what, now, then in (
-        (f"the model {model.name}", revision, job.model),
-        (f"the picture {config.init}", given.init_hash, job.init),
-        (f"the mask {config.mask}", given.mask_hash, job.mask),
+    """Return the job of a picture as a plan. Raises UsageError where the model or a file is another by now."""
+    base = " and --base FOLDER" if config.base else ""
+    for what, hint, now, then in (
+        (
+            f"the model {model.name}",
+            f"leave nothing at its old path, and give --model MODEL{base}",
+            revision,
+            job.model,
+        ),
+        (f"the picture {config.init}", "give --init FILE", given.init_hash, job.init),
+        (f"the mask {config.mask}", "give --mask FILE", given.mask_hash, job.mask),
     ):
         if now != then:
-            raise UsageError(f"--like: {what} is not what it was", f"its hash was {then[:12]} and is {now[:12]}")
-    if tuple((one.sha256, one.scale) for one in given.additions) != job.additions:
-        names = ", ".join((*config.lora, *config.embedding))
-        raise UsageError("--like: a LoRA or embedding file is not what it was", f"they were {names}")
-    schedulers.known(None if job.scheduler == schedulers.OWN else job.scheduler)
+            raise UsageError(
+                f"--like: {shown(what)} is not what it was: its hash was {then[:12]} and is {now[:12]}",
+                f"if it was moved, {hint}, where it is now",
+            )
+    _check_additions(given.additions, job.additions)
+    for name, size in (("width", job.width), ("height", job.height)):
+        if size % model.factor:
+            raise damaged(str(config.like), f"a {name} of {size} is no multiple of {model.factor}")
     return Planned(0, job)
+
+
+def _check_additions(now: Sequence[Addition], then: Sequence[tuple[str, float]]) -> None:
+    if len(now) != len(then):
+        raise UsageError(
+            f"--like: it was made with {len(then)} LoRA and embedding files, and {len(now)} are given",
+            "give all of them, with --lora FILE:SCALE and --embedding FILE",
+        )
+    for one, (digest, scale) in zip(now, then, strict=True):
+        if (one.sha256, one.scale) != (digest, scale):
+            option = "--embedding FILE" if one.embedding else f"--lora FILE:{scale!r}"
+            raise UsageError(
+                f"--like: a LoRA or embedding file is not what it was: {shown(str(one))}",
+                f"give {option}, where it is now",
+            )
 
 
 def _expanded(config: GenerateConfig, requests: Sequence[Request]) -> list[Request]:
@@ -195,6 +221,8 @@ def _values(
     own = given.init.size if given.init else (model.size, model.size)
     width = over.get("width") or config.width or _cut(own[0], model.factor)
     height = over.get("height") or config.height or _cut(own[1], model.factor)
+    if not width or not height:
+        raise UsageError(f"--init {config.init} is {own[0]}x{own[1]} pixels only", "give --width and --height")
     for name, size in (("width", width), ("height", height)):
         if size % model.factor:
             below = max(_cut(size, model.factor), model.factor)
@@ -260,7 +288,10 @@ def _chunks(one: Planned, family: StableDiffusion, events: Events, known: Collec
         if rule == "chunk":
             most = max(most, -(-len(tokens) // family.room))
         elif text not in known:
-            events.warn(f"{where}: left out {family.text_of(tokens[family.room :])!r}")
+            rest = tokens[family.room :]
+            lost = family.text_of(rest[:61])  # a token has a character at least
+            lost = lost if len(lost) <= 60 else f"{lost[:57]}..."
+            events.warn(f"{where}: left out {len(rest)} tokens, {lost!r}")
     return most
 
 

@@ -60,7 +60,9 @@ class Renderer:
     def pixels(self, latents: torch.Tensor) -> npt.NDArray[np.uint8]:
         """Decode the latents (C, H, W) of one picture -> RGB (height, width, 3). Raises UnfitError."""
         if not torch.isfinite(latents).all():
-            raise UnfitError("its numbers ran out of range", "use --dtype float32 or less --guidance")
+            wide = self._family.dtype == torch.float32
+            hint = "or a weight of the model or a LoRA is no number" if wide else "or --dtype float32"
+            raise UnfitError("its numbers ran out of range", f"use less --guidance, {hint}")
         decoded: npt.NDArray[np.uint8] = self._family.decode(latents).numpy()
         checker = self._family.safety if self._config.safety else None
         if checker and checker.flags(decoded):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,8 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         planned = plan.make(config, requests, model, local.revision, given)
     opened = functools.cache(functools.partial(_open_model, config, local, given, recipe, events))
     out = Path(config.out)
+    if os.path.lexists(out) and not out.is_dir():
+        raise UsageError(f"--out {shown(config.out)} is no folder", "choose another")
     if config.dry_run:
         return _told(config, plan.measured(planned, opened()[0], events), Manifest(out))
     with ExitStack() as stack:
@@ -179,6 +182,8 @@ class _Run:
 
     def run(self) -> GenerateReport:
         """Make everything that is missing."""
+        if self._config.grid:
+            self._gallery.check_grid()
         missing = self._missing()
         if missing or self._config.long_prompt == "error":
             family, choice = self._opened()
@@ -285,11 +290,10 @@ class _Run:
         seconds = round((time.monotonic() - start) / len(wanted), 3)
         for row in sorted(wanted.values()):
             try:
-                pixels = renderer.pixels(latents[row])
+                path, facts = self._gallery.write(batch[row], row, renderer.pixels(latents[row]), seconds)
             except UnfitError as error:
                 self._fail(batch[row], error)
                 continue
-            path, facts = self._gallery.write(batch[row], row, pixels, seconds)
             self._made += 1
             self._printer.made(batch[row], path, facts)
 

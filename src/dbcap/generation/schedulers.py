@@ -58,9 +58,11 @@ def known(name: str | None) -> str:
 def make(name: str, config: Mapping[str, Any]) -> Any:
     """Return a new scheduler, by its name in `SCHEDULERS` or `OWN`, for a model with this scheduler_config.json.
 
-    Raises ModelError for a class that diffusers has not.
+    Raises ModelError for a class that diffusers has not, and for a config that it cannot be made from.
     """
     import diffusers  # a second that planning needs not
+
+    from dbcap.models.libraries import clear_errors  # it imports torch
 
     if name == OWN:
         own = str(config.get("_class_name", "DDIMScheduler"))
@@ -69,10 +71,12 @@ def make(name: str, config: Mapping[str, Any]) -> Any:
             raise ModelError(
                 f"the model's scheduler {own} is unknown", f"name one: --scheduler {', '.join(SCHEDULERS)}"
             )
-        return kind.from_config(dict(config))
+        with clear_errors("what the model's scheduler_config.json describes"):
+            return kind.from_config(dict(config))
     class_name, more = SCHEDULERS[name]
     shared = {key: config[key] for key in _COMMON if key in config}
     if class_name == "DDIMScheduler":
         shared |= {key: config[key] for key in ("set_alpha_to_one",) if key in config}
         more = {"clip_sample": False, **more}
-    return getattr(diffusers, class_name).from_config({**shared, **more})
+    with clear_errors("what the model's scheduler_config.json describes"):
+        return getattr(diffusers, class_name).from_config({**shared, **more})

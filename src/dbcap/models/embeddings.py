@@ -75,6 +75,8 @@ def read(path: Path, encoders: int) -> Embedding:
         word = word if name == "emb_params" else name
     else:
         raise UsageError(f"{path} holds no embedding: {', '.join(sorted(found)[:3])}", "choose another file")
+    if not word.strip():
+        raise UsageError(f"{path}: its word is empty", "rename the file, or the word")
     if len(vectors) != encoders:
         counts = f"{path} is for a model with {len(vectors)} text encoders, and this one has {encoders}"
         raise UsageError(counts, "choose another file")

@@ -14,13 +14,15 @@ from dbcap.models.layout import CONFIG, PIPELINE, Files, count_in, is_index, is_
 
 CHECKER = "safety_checker"
 """The part that looks over finished pictures, where there is one."""
+SCHEDULER = "scheduler/scheduler_config.json"
+"""What the noise was in training, and the model's own sampler."""
 _CHECKER_READS = "feature_extractor/preprocessor_config.json"
 _SMALL = {
     "unet": (CONFIG,),
     "vae": (CONFIG,),
     "text_encoder": (CONFIG,),
     "text_encoder_2": (CONFIG,),
-    "scheduler": ("scheduler_config.json",),
+    "scheduler": (SCHEDULER.rpartition("/")[2],),
     "feature_extractor": ("preprocessor_config.json",),
     CHECKER: (CONFIG,),
 }
@@ -58,14 +60,22 @@ class PipelineFiles(Files):
         return tuple(self.weights.values())
 
     @property
+    def lacks(self) -> str:
+        """What is missing first of that which no loader does without, or an empty string.
+
+        That is a configuration for every part and the scheduler, and a vocabulary for every text encoder.
+        """
+        needed: list[tuple[str, ...]] = [(f"{part}/{CONFIG}",) for part in self.weights]
+        needed.append((SCHEDULER,))
+        for tokenizer, encoder in zip(_TOKENIZERS, ("text_encoder", "text_encoder_2"), strict=True):
+            if encoder in self.weights:
+                needed.append((f"{tokenizer}/tokenizer.json", f"{tokenizer}/vocab.json"))
+        return next((" or ".join(names) for names in needed if not set(names) & set(self.small)), "")
+
+    @property
     def complete(self) -> bool:
-        """Whether every part has its configuration and every text encoder a vocabulary; no loader does without."""
-        configured = all(f"{part}/{CONFIG}" in self.small for part in self.weights)
-        return configured and all(
-            any(f"{tokenizer}/{name}" in self.small for name in ("tokenizer.json", "vocab.json"))
-            for tokenizer, encoder in zip(_TOKENIZERS, ("text_encoder", "text_encoder_2"), strict=True)
-            if encoder in self.weights
-        )
+        """Whether it lacks nothing."""
+        return not self.lacks
 
 
 def choose(names: Collection[str], where: str, *, safety: bool = False) -> PipelineFiles:
@@ -134,12 +144,14 @@ def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
 
 
 def choose_in(folder: Path, where: str, *, safety: bool = False) -> PipelineFiles:
-    """Return which files of `folder` are read; every shard that an index names must be there.
+    """Return which files of `folder` are read. With `safety` those of its safety checker too, if it has one.
 
-    With `safety` those of its safety checker too, if it has one.
+    Raises `ModelError` for what `choose` refuses, and where a config, a vocabulary or a shard is missing.
     """
     names = _names_in(folder)
     choice = choose(names, where, safety=safety and PIPELINE in names and has_checker(folder))
+    if choice.lacks:
+        raise ModelError(f"{where} has no {choice.lacks}", "fetch or copy the model again")
     weights = {}
     for part, files in choice.weights.items():
         weights[part] = _indexed(folder, part, files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -54,6 +55,12 @@ def test_a_long_prompt_is_cut_or_encoded_in_chunks(ours, their_sd):
     torch.testing.assert_close(together, torch.cat(apart))
     torch.testing.assert_close(states(ours, " ".join(LONG), 1), apart[0])
     torch.testing.assert_close(states(ours, pieces[2], 2), torch.cat([apart[2], states(ours, "")]))
+
+
+def test_no_library_talks_of_a_long_prompt(family, tiny_diffusion, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert len(family(tiny_diffusion).tokens(" ".join(LONG))) == len(LONG)
+    assert caplog.messages == []
 
 
 def test_tokens_spell_the_words(ours):
@@ -143,10 +150,10 @@ def test_what_is_no_family(family, tmp_path, content, message):
         family(tmp_path / "model")
 
 
-def test_parts_that_are_missing_are_one_line(family, tiny_diffusion, tmp_path):
+def test_parts_that_are_damaged_are_one_line(family, tiny_diffusion, tmp_path):
     folder = shutil.copytree(tiny_diffusion, tmp_path / "model")
-    shutil.rmtree(folder / "tokenizer")
-    with pytest.raises(ModelError, match="model cannot be loaded: "):
+    (folder / "tokenizer/tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"the tokenizer of .*model cannot be loaded: "):
         family(folder).tokens("a")
     (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="model cannot be loaded: "):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from dbcap.errors import ModelError
 from dbcap.models import pipelines
 from dbcap.models.families.description import Description
+from dbcap.models.layout import CONFIG, PIPELINE
 
 if TYPE_CHECKING:
     from dbcap.models.families.sd import StableDiffusion
@@ -43,4 +44,9 @@ def _family(local: LocalModel) -> str:
     if kind not in FAMILIES:
         what = f"is a {kind}, which dbcap does not know" if kind else "names no kind of pipeline"
         raise ModelError(f"{local.spec.text} {what}", "dbcap knows Stable Diffusion 1.x, 2.x and XL")
+    second = "text_encoder_2"
+    has = second in local.single.parts if local.single else (local.folder / second / CONFIG).is_file()
+    if has != (FAMILIES[kind] is _XL):
+        what = f"names a {kind}, and {local.spec.text} has {'a' if has else 'no'} {second}"
+        raise ModelError(f"{local.folder / PIPELINE} {what}", "it belongs to another model")
     return FAMILIES[kind]

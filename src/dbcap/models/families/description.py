@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from dbcap.errors import ModelError
 from dbcap.models import identity, pipelines
 from dbcap.models.identity import Identity
 from dbcap.models.layout import CONFIG
+from dbcap.models.pipelines import SCHEDULER
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -19,8 +21,57 @@ if TYPE_CHECKING:
 _USUAL: dict[str, dict[str, Any]] = {
     "unet": {"in_channels": 4, "sample_size": 64},
     "vae": {"scaling_factor": 0.18215, "latent_channels": 4, "force_upcast": True},
+    "text_encoder": {"max_position_embeddings": 77},
+    "text_encoder_2": {"max_position_embeddings": 77},
 }
-"""What the configs of 2022, SD 1.5's among them, do not say, as diffusers takes it."""
+"""What configs, SD 1.5's of 2022 among them, may leave out, as diffusers and transformers take it."""
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+"""What a value must be, and what to say of one that is not."""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_count, value))
+
+
+def _one_of(*names: str) -> _Rule:
+    return names.__contains__, f"is none of {', '.join(names)}"
+
+
+_NUMBER: _Rule = _is_number, "is no number"
+_SCALE: _Rule = lambda value: _is_number(value) and value > 0, "is no number above 0"
+_COUNT: _Rule = _is_count, "is no whole number above 0"
+_COUNTS: _Rule = _is_counts, "is no list of whole numbers above 0"
+_TEXT: _Rule = lambda value: isinstance(value, str), "is no text"
+_NEEDED: dict[str, dict[str, _Rule]] = {
+    "unet": {"in_channels": _COUNT, "sample_size": _COUNT},
+    "vae": {"block_out_channels": _COUNTS, "latent_channels": _COUNT, "scaling_factor": _SCALE},
+    "text_encoder": {"max_position_embeddings": _COUNT},
+    "text_encoder_2": {"max_position_embeddings": _COUNT},
+    "scheduler": {"_class_name": _TEXT},
+}
+_OPTIONAL: dict[str, dict[str, _Rule]] = {
+    "unet": {"block_out_channels": _COUNTS},
+    "vae": {"shift_factor": _NUMBER},
+    "scheduler": {
+        "num_train_timesteps": _COUNT,
+        "beta_start": _NUMBER,
+        "beta_end": _NUMBER,
+        "steps_offset": _NUMBER,
+        "prediction_type": _one_of("epsilon", "sample", "v_prediction"),
+        "timestep_spacing": _one_of("linspace", "leading", "trailing"),
+    },
+}
+"""Part -> key that we or a sampler's steps read -> what is allowed; the rest the class checks when it is made."""
 
 
 class Description:
@@ -37,7 +88,7 @@ class Description:
 
     def config(self, part: str) -> dict[str, Any]:
         """Return the config.json of a part, with what it leaves out. Raises ModelError for a damaged one."""
-        config: dict[str, Any] = _USUAL.get(part, {}) | _document(self.folder / part / CONFIG)
+        config = _checked(self.folder / part / CONFIG, part)
         if part == "unet" and self._local.single:  # the base may inpaint, and the file not, or the other way round
             config["in_channels"] = self._local.single.in_channels
         return config
@@ -52,11 +103,10 @@ class Description:
         """The autoencoder's config."""
         return self.config("vae")
 
-    @property
+    @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """What the model's own scheduler_config.json says, its class under `_class_name`."""
-        path = self.folder / "scheduler" / "scheduler_config.json"
-        return _document(path) if path.is_file() else {}
+        return _checked(self.folder / SCHEDULER, "scheduler")
 
     @property
     def parameters(self) -> int:
@@ -94,11 +144,25 @@ class Description:
         return not self._local.single and pipelines.has_checker(self.folder)
 
 
+def _checked(path: Path, part: str) -> dict[str, Any]:
+    """Read a config, and add what is usual. Raises ModelError, naming the file, for a value that cannot be used."""
+    config = _USUAL.get(part, {}) | _document(path)
+    needed, optional = (rules.get(part, {}) for rules in (_NEEDED, _OPTIONAL))
+    for key, (allowed, wrong) in (needed | optional).items():
+        value = config.get(key)
+        if not (allowed(value) or (value is None and key in optional)):
+            what = f"{key} = {json.dumps(value)[:40]} {wrong}" if key in config else f"it has no {key}"
+            raise ModelError(f"{path} is damaged: {what}", "fetch or copy the model again")
+    return config
+
+
 def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
         if not isinstance(document, dict):
             raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no {path}", "fetch or copy the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
     return document

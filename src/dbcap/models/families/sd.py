@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save
 from transformers import AutoTokenizer, CLIPTextModel
 
+from dbcap.errors import ModelError
 from dbcap.files import open_atomic
 from dbcap.models import denoiser, embeddings, lora, parts
 from dbcap.models.embeddings import Embedding
@@ -72,11 +73,20 @@ class StableDiffusion(Description):
     @cached_property
     def tokenizers(self) -> list[Any]:
         """The tokenizers, the first of which counts."""
-        with clear_errors(self.name):
-            return [
-                AutoTokenizer.from_pretrained(self.folder / tokenizer, local_files_only=True)
-                for tokenizer, _, _ in self.text_parts
-            ]
+        return [self._tokenizer(tokenizer, encoder) for tokenizer, encoder, _ in self.text_parts]
+
+    def _tokenizer(self, part: str, encoder: str) -> Any:
+        most = self.config(encoder)["max_position_embeddings"]
+        with clear_errors(self._called(part)):
+            found = AutoTokenizer.from_pretrained(self.folder / part, local_files_only=True)
+        length, path = found.model_max_length, self.folder / part / "tokenizer_config.json"
+        if type(length) is not int or not 2 < length <= most:  # where it says nothing, it is 1e30
+            wrong = f"it needs a model_max_length from 3 to {most}, which the {encoder} reads"
+        elif None in (found.bos_token_id, found.eos_token_id, found.pad_token_id):
+            wrong = "it needs a bos_token, an eos_token and a pad_token"
+        else:
+            return found
+        raise ModelError(f"{path} is damaged: {wrong}", "fetch or copy the model again")
 
     @property
     def room(self) -> int:
@@ -90,7 +100,7 @@ class StableDiffusion(Description):
     def _ids(self, tokenizer: Any, text: str) -> list[int]:
         for one in self._embeddings:
             text = one.written_out(text)
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 
     def text_of(self, tokens: Sequence[int]) -> str:
