@@ -22,6 +22,8 @@ from dbcap.generation.jobs import Job
 from dbcap.generation.manifest import NAME, Manifest
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
+BARE = pictures.encoded(PIXELS, "png", "", {})
+"""An image that says nothing of itself."""
 
 
 def job(seed: int) -> Job:
@@ -127,7 +129,7 @@ def test_awkward_names_and_texts(tmp_path):
 @pytest.mark.parametrize("length", [*range(1, 40, 3), 100, 300])
 def test_wherever_the_last_line_is_cut(out, length):
     for seed in range(3):  # without what images say themselves
-        (out / NAMES[seed]).write_bytes(b"")
+        (out / NAMES[seed]).write_bytes(BARE)
     path = out / NAME
     os.truncate(path, path.stat().st_size - length)
     assert found(out) == ([*NAMES] if length == 1 else [*NAMES[:2], None])
@@ -181,7 +183,7 @@ def test_a_mark_of_the_byte_order_and_carriage_returns_do_no_harm(out):
     data = (out / NAME).read_bytes()
     (out / NAME).write_bytes(b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
     for name in NAMES:
-        (out / name).write_bytes(b"")
+        (out / name).write_bytes(BARE)
     assert found(out) == NAMES
 
 
@@ -237,7 +239,7 @@ def test_a_name_that_was_given_to_another_job(out):
     make(manifest, out, 9, NAMES[1])
     assert manifest.find(key(1)) is None
     assert manifest.find(key(9)) == out / NAMES[1]
-    (out / NAMES[1]).write_bytes(b"")  # the lines alone say so too
+    (out / NAMES[1]).write_bytes(BARE)  # the lines alone say so too
     manifest = Manifest(out)
     assert manifest.find(key(1)) is None
     assert manifest.find(key(9)) == out / NAMES[1]
@@ -362,5 +364,5 @@ def test_a_full_disk_leaves_a_manifest_that_goes_on(out, monkeypatch):
     monkeypatch.setattr(os, "fsync", original)
     make(manifest, out, 4)
     for path in out.glob("*.png"):
-        path.write_bytes(b"")
+        path.write_bytes(BARE)
     assert found(out, 5) == [*NAMES, None, "00004.png"]

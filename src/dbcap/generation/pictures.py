@@ -103,7 +103,7 @@ def facts_of(path: Path) -> dict[str, Any] | None:
 
 def whole(path: Path) -> bool:
     """Return whether a picture file ends as its format does: it was not cut short. Decodes no pixels."""
-    if not path.is_file():  # opening a pipe would wait for its other end
+    if not os.path.isfile(path):  # opening a pipe would wait for its other end
         return False
     try:
         with path.open("rb") as file:
