@@ -11,33 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dbcap.cli.app import run as command
 from dbcap.generation import pictures
 from dbcap.generation.pictures import facts_of
-
-QUICK = ["--steps", "3", "--guidance", "2", "--dtype", "float32", "--no-progress"]
-
-
-@pytest.fixture
-def generate(home, tiny_diffusion, tmp_path, monkeypatch, capfd):
-    """Return a function that runs the command in an empty folder: exit code, lines of stdout, stderr."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def call(*words):
-        code = command(["generate", *words, "--model", str(tiny_diffusion), *QUICK])
-        out, err = capfd.readouterr()
-        return code, out.splitlines(), err
-
-    return call
-
-
-def refused(result, message):
-    code, lines, err = result
-    assert (code, lines) == (2, [])
-    assert message in err
-    assert err.count("\n") == 1
 
 
 def stamp(name):
@@ -64,10 +39,10 @@ def test_a_grid_goes_over_nothing_but_a_grid(generate):
     places = ["photo.png", "pipe.png", "folder.png", "link.png", lines[0], "outputs/jobs.jsonl"]
     before = [stamp(name) for name in places]
     for name in places[:-1]:
-        refused(generate("a cat", "--grid", name), f"--grid {name} is there, and is no grid of dbcap's")
-    refused(generate("a cat", "--grid", places[-1]), "must end in .png")
-    refused(generate("a cat", "--grid", "-"), "must end in .png")
-    refused(generate("a cat", "--grid", "absent/grid.png"), "there is no folder absent")
+        assert f"--grid {name} is there, and is no grid of dbcap's" in generate.refused("a cat", "--grid", name)
+    assert "must end in .png" in generate.refused("a cat", "--grid", places[-1])
+    assert "must end in .png" in generate.refused("a cat", "--grid", "-")
+    assert "there is no folder absent" in generate.refused("a cat", "--grid", "absent/grid.png")
     assert [stamp(name) for name in places] == before
     assert stat.S_ISFIFO(os.lstat("pipe.png").st_mode)
     assert sorted(os.listdir("outputs")) == ["00000-0.png", "00001-1.png", "jobs.jsonl"]
@@ -111,7 +86,7 @@ def test_a_grid_of_an_image_that_cannot_be_read_names_it(generate):
 @pytest.mark.parametrize("size", [(1, 1), (3, 64)])
 def test_an_image_to_begin_with_that_is_too_small(generate, size):
     Image.new("RGB", size).save("small.png")
-    refused(generate("a dog", "--init", "small.png"), f"--init small.png is {size[0]}x{size[1]} pixels only")
+    assert f"--init small.png is {size[0]}x{size[1]} pixels only" in generate.refused("a dog", "--init", "small.png")
     code, lines, _ = generate("a dog", "--init", "small.png", "--width", "32", "--height", "32")
     assert (code, len(lines)) == (0, 1)
 
@@ -141,7 +116,7 @@ def test_a_home_in_settings_and_names_that_are_no_text(generate, home, monkeypat
     _, lines, _ = generate("a dog")
     assert lines == [str(tmp_path / "here" / "pics" / "00000-0.png")]
     Path("dbcap.toml").write_text('[generate]\nout = "a\\u0000b"\n')
-    refused(generate("a dog"), "it must be text that is not empty")
+    assert "it must be text that is not empty" in generate.refused("a dog")
     Path("dbcap.toml").unlink()
     name = os.fsdecode(b"f\xfflder")
     assert generate("a dog", "--out", name)[0] == 0
@@ -159,7 +134,7 @@ def test_a_home_in_settings_and_names_that_are_no_text(generate, home, monkeypat
 )
 def test_what_is_refused_in_one_line(generate, words, message):
     Path("prompts.txt").write_text("a dog")
-    refused(generate("a dog", *words), message)
+    assert message in generate.refused("a dog", *words)
 
 
 def test_a_manifest_that_cannot_be_written_is_named(generate):

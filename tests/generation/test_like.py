@@ -11,47 +11,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dbcap.cli.app import run as command
 from dbcap.config.models import GenerateConfig
 from dbcap.generation import like
 from dbcap.generation.jobs import Job
 from dbcap.generation.pictures import encoded, facts_of
 
-QUICK = ["--steps", "3", "--guidance", "2", "--dtype", "float32", "--no-progress"]
 HASH = "0123456789abcdef" * 4
 SOUND = Job(HASH, "a dog", "", 0, 32, 32, "model", 3, 2.0)
 INIT = {"init": HASH, "strength": 0.5}
 LORA = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-@pytest.fixture
-def generate(home, tiny_diffusion, tmp_path, monkeypatch, capfd):
-    """Return a function that runs the command in an empty folder: exit code, lines of stdout, stderr."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def call(*words, model=tiny_diffusion):
-        chosen = ["--model", str(model)] if model else []
-        code = command(["generate", *words, *chosen, *QUICK])
-        out, err = capfd.readouterr()
-        return code, out.splitlines(), err
-
-    return call
-
-
-def refused(result, message):
-    code, lines, err = result
-    assert (code, lines) == (2, [])
-    assert message in err
-    assert err.count("\n") == 1
-    assert "None" not in err
-
-
 def repaired(result, before):
-    code, lines, err = result
-    assert code == 0, err
-    assert (np.array(Image.open(lines[0])) == np.array(Image.open(before))).all()
+    """Return whether a run made the pixels of an image again."""
+    code, lines, _ = result
+    return code == 0 and (np.array(Image.open(lines[0])) == np.array(Image.open(before))).all()
 
 
 def write(job, **more):
@@ -115,8 +89,8 @@ def test_sound_facts_are_taken(generate):
 )
 def test_a_job_that_cannot_be(generate, job, said):
     write(replace(SOUND, **job))
-    refused(generate("--like", "picture.png"), "--like: what picture.png says of itself is damaged: ")
-    refused(generate("--like", "picture.png", "--init", "5", "--mask", "5"), said)
+    assert "--like: what picture.png says of itself is damaged: " in generate.refused("--like", "picture.png")
+    assert said in generate.refused("--like", "picture.png", "--init", "5", "--mask", "5")
 
 
 @pytest.mark.parametrize(
@@ -149,8 +123,8 @@ def test_a_job_that_cannot_be(generate, job, said):
 )
 def test_facts_that_cannot_be(generate, facts, said):
     write(SOUND, **facts)
-    code, lines, err = generate("--like", "picture.png")
-    refused((code, lines, err), said)
+    err = generate.refused("--like", "picture.png")
+    assert said in err
     assert err.startswith("error: --like: what picture.png says of itself is damaged: ")
     assert len(err) < 500
 
@@ -160,25 +134,29 @@ def test_a_size_that_the_model_cannot_make(generate, tiny_diffusion, side, size)
     _, lines, _ = generate("a dog")
     job = facts_of(Path(lines[0]))["job"]
     write(Job(**{**job, side: size, "additions": ()}), model=str(tiny_diffusion))
-    refused(generate("--like", "picture.png", "-o", "again"), f"damaged: a {side} of {size} is no multiple of 4")
+    assert f"damaged: a {side} of {size} is no multiple of 4" in generate.refused(
+        "--like", "picture.png", "-o", "again"
+    )
 
 
 def test_what_would_not_end_is_not_read(generate):
     for path in ("/dev/zero", "~/x", "gone\nline"):
         write(replace(SOUND, **INIT), init=path, model="a/b")
-        refused(generate("--like", "picture.png"), " any more; give --init FILE, where it is now")
+        assert " any more; give --init FILE, where it is now" in generate.refused("--like", "picture.png")
 
 
 def test_a_model_that_was_moved(generate, tiny_diffusion, tiny_xl):
     place = Path("model").absolute()
     place.symlink_to(tiny_diffusion)
     _, lines, _ = generate("a red dog", model=place)
-    repaired(generate("--like", lines[0], "-o", "there", model=tiny_xl), lines[0])
+    assert repaired(generate("--like", lines[0], "-o", "there", model=tiny_xl), lines[0])
     place.unlink()
-    repaired(generate("--like", lines[0], "-o", "again"), lines[0])
-    refused(generate("--like", lines[0], "-o", "other", model=tiny_xl), f"the model {tiny_xl} is not what it was")
-    refused(
-        generate("--like", lines[0], "-o", "other", model=None), f"there is no {place} any more; give --model MODEL"
+    assert repaired(generate("--like", lines[0], "-o", "again"), lines[0])
+    assert f"the model {tiny_xl} is not what it was" in generate.refused(
+        "--like", lines[0], "-o", "other", model=tiny_xl
+    )
+    assert f"there is no {place} any more; give --model MODEL" in generate.refused(
+        "--like", lines[0], "-o", "other", model=None
     )
 
 
@@ -188,11 +166,11 @@ def test_a_model_in_one_file_and_its_base_that_were_moved(generate, family, tiny
     Path("base").symlink_to(tiny_diffusion)
     _, lines, _ = generate("a red dog", "--base", "base", model="bare.safetensors")
     Path("bare.safetensors").rename("moved.safetensors")
-    repaired(generate("--like", lines[0], "-o", "again", model="moved.safetensors"), lines[0])
+    assert repaired(generate("--like", lines[0], "-o", "again", model="moved.safetensors"), lines[0])
     Path("base").unlink()
     words = ["--like", lines[0], "-o", "other"]
-    refused(generate(*words, model="moved.safetensors"), "give --base FOLDER, where it is now")
-    repaired(generate(*words, "--base", str(tiny_diffusion), model="moved.safetensors"), lines[0])
+    assert "give --base FOLDER, where it is now" in generate.refused(*words, model="moved.safetensors")
+    assert repaired(generate(*words, "--base", str(tiny_diffusion), model="moved.safetensors"), lines[0])
 
 
 def test_an_init_and_a_mask_that_were_moved(generate):
@@ -201,14 +179,16 @@ def test_an_init_and_a_mask_that_were_moved(generate):
     _, lines, _ = generate("a dog", "--init", "init.png", "--mask", "mask.png")
     again = ["--like", lines[0], "-o", "again"]
     Path("mask.png").rename("white.png")
-    refused(generate(*again), "mask.png any more; give --mask FILE, where it is now")
-    repaired(generate(*again, "--mask", "white.png"), lines[0])
-    refused(generate("--like", lines[0], "-o", "other", "--mask", "init.png"), "the mask init.png is not what it was")
+    assert "mask.png any more; give --mask FILE, where it is now" in generate.refused(*again)
+    assert repaired(generate(*again, "--mask", "white.png"), lines[0])
+    assert "the mask init.png is not what it was" in generate.refused(
+        "--like", lines[0], "-o", "other", "--mask", "init.png"
+    )
     Path("init.png").rename("first.png")
-    refused(generate(*again, "--mask", "white.png"), "init.png any more; give --init FILE, where it is now")
+    assert "init.png any more; give --init FILE, where it is now" in generate.refused(*again, "--mask", "white.png")
     words = ["--like", lines[0], "-o", "third", "--mask", "white.png", "--init"]
-    refused(generate(*words, "white.png"), "the picture white.png is not what it was")
-    repaired(generate(*words, "first.png"), lines[0])
+    assert "the picture white.png is not what it was" in generate.refused(*words, "white.png")
+    assert repaired(generate(*words, "first.png"), lines[0])
 
 
 def test_a_lora_and_an_embedding_that_were_moved(generate):
@@ -221,18 +201,18 @@ def test_a_lora_and_an_embedding_that_were_moved(generate):
     Path("moved").mkdir()
     again = ["--like", lines[0], "-o", "again"]
     Path("l.safetensors").rename("moved/l.safetensors")
-    refused(generate(*again), "l.safetensors any more; give --lora FILE:0.5, where it is now")
+    assert "l.safetensors any more; give --lora FILE:0.5, where it is now" in generate.refused(*again)
     changed = "a LoRA or embedding file is not what it was: "
-    refused(generate(*again, "--lora", "moved/l.safetensors"), "give --lora FILE:0.5, where it is now")
-    refused(generate(*again, "--lora", "word.safetensors:0.5"), changed)
+    assert "give --lora FILE:0.5, where it is now" in generate.refused(*again, "--lora", "moved/l.safetensors")
+    assert changed in generate.refused(*again, "--lora", "word.safetensors:0.5")
     both = ["--lora", "word.safetensors", "--lora", "moved/l.safetensors:0.5"]
-    refused(generate(*again, *both), "it was made with 2 LoRA and embedding files, and 3 are given")
-    repaired(generate(*again, "--lora", "moved/l.safetensors:0.5"), lines[0])
+    assert "it was made with 2 LoRA and embedding files, and 3 are given" in generate.refused(*again, *both)
+    assert repaired(generate(*again, "--lora", "moved/l.safetensors:0.5"), lines[0])
     Path("word.safetensors").rename("moved/word.safetensors")
     words = ["--like", lines[0], "-o", "other", "--lora", "moved/l.safetensors:0.5"]
-    refused(generate(*words), "word.safetensors any more; give --embedding FILE, where it is now")
-    refused(generate(*words, "--embedding", "moved/l.safetensors"), changed)
-    repaired(generate(*words, "--embedding", "moved/word.safetensors"), lines[0])
+    assert "word.safetensors any more; give --embedding FILE, where it is now" in generate.refused(*words)
+    assert changed in generate.refused(*words, "--embedding", "moved/l.safetensors")
+    assert repaired(generate(*words, "--embedding", "moved/word.safetensors"), lines[0])
 
 
 def test_what_a_picture_was_made_without_is_not_added(generate):
@@ -240,6 +220,6 @@ def test_what_a_picture_was_made_without_is_not_added(generate):
     Image.new("RGB", (32, 32)).save("init.png")
     Path("dbcap.toml").write_text('[generate]\nlora = ["no.safetensors"]\nbase = "nowhere"\n')
     result = generate("--like", lines[0], "-o", "again", "--init", "init.png")
-    repaired(result, lines[0])
+    assert repaired(result, lines[0])
     facts = facts_of(Path(result[1][0]))
     assert (facts["lora"], "init" in facts, "base" in facts) == ([], False, False)

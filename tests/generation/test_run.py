@@ -16,26 +16,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dbcap.cli.app import run as command
 from dbcap.files import Lock
 from dbcap.generation.pictures import facts_of
 
 QUICK = ["--steps", "3", "--guidance", "2", "--dtype", "float32", "--no-progress"]
-
-
-@pytest.fixture
-def generate(home, tiny_diffusion, tmp_path, monkeypatch, capfd):
-    """Return a function that runs the command in an empty folder: exit code, lines of stdout, stderr."""
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-
-    def call(*words, model=tiny_diffusion):
-        code = command(["generate", "--model", str(model), *QUICK, *words])
-        out, err = capfd.readouterr()
-        return code, out.splitlines(), err
-
-    return call
 
 
 def pixels(path):
