@@ -192,10 +192,17 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / CONFIG
     if not path.is_file():
         return None
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a model. Raises `ModelError` where there is none."""
     try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError as error:
+        raise ModelError(f"there is no {path}", "fetch or copy the model again") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is damaged: it is no JSON object", "fetch or copy the model again")
-    return config
+    return found

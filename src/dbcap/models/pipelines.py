@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from dbcap.errors import ModelError
-from dbcap.models.layout import CONFIG, PIPELINE, Files, count_in, is_index, is_pickled, shards
+from dbcap.models.layout import CONFIG, PIPELINE, Files, count_in, is_index, is_pickled, read_object, shards
 
 CHECKER = "safety_checker"
 """The part that looks over finished pictures, where there is one."""
@@ -170,24 +168,13 @@ def _indexed(folder: Path, part: str, files: tuple[str, ...]) -> tuple[str, ...]
 
 def class_name(folder: Path) -> str:
     """Return the class that `model_index.json` names. Raises `ModelError` if it is no JSON object."""
-    return str(_index(folder).get("_class_name") or "")
+    return str(read_object(folder / PIPELINE).get("_class_name") or "")
 
 
 def has_checker(folder: Path) -> bool:
     """Return whether `model_index.json` names a safety checker of Stable Diffusion's kind. Raises as `class_name`."""
-    named = _index(folder).get(CHECKER)
+    named = read_object(folder / PIPELINE).get(CHECKER)
     return isinstance(named, list) and named[-1:] == ["StableDiffusionSafetyChecker"]
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    path = folder / PIPELINE
-    try:
-        index = json.loads(path.read_bytes())
-        if not isinstance(index, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
-    return index
 
 
 def weight_files(part: Path) -> list[Path]:

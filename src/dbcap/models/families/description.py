@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dbcap.errors import ModelError
 from dbcap.models import identity, pipelines
 from dbcap.models.identity import Identity
-from dbcap.models.layout import CONFIG
+from dbcap.models.layout import CONFIG, read_object
 from dbcap.models.pipelines import SCHEDULER
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Description:
 
 def _checked(path: Path, part: str) -> dict[str, Any]:
     """Read a config, and add what is usual. Raises ModelError, naming the file, for a value that cannot be used."""
-    config = _USUAL.get(part, {}) | _document(path)
+    config = _USUAL.get(part, {}) | read_object(path)
     needed, optional = (rules.get(part, {}) for rules in (_NEEDED, _OPTIONAL))
     for key, (allowed, wrong) in (needed | optional).items():
         value = config.get(key)
@@ -154,15 +154,3 @@ def _checked(path: Path, part: str) -> dict[str, Any]:
             what = f"{key} = {json.dumps(value)[:40]} {wrong}" if key in config else f"it has no {key}"
             raise ModelError(f"{path} is damaged: {what}", "fetch or copy the model again")
     return config
-
-
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-        if not isinstance(document, dict):
-            raise ValueError("it is no JSON object")
-    except FileNotFoundError as error:
-        raise ModelError(f"there is no {path}", "fetch or copy the model again") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged: {error}", "fetch or copy the model again") from error
-    return document

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dbcap.models.families.sd import Condition, StableDiffusion
-from dbcap.models.layout import PIPELINE
+from dbcap.models.layout import PIPELINE, read_object
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -43,5 +40,4 @@ class StableDiffusionXL(StableDiffusion):
 
     @property
     def _zeros_for_nothing(self) -> bool:
-        config: dict[str, Any] = json.loads((self.folder / PIPELINE).read_text("utf-8"))
-        return bool(config.get("force_zeros_for_empty_prompt", True))
+        return bool(read_object(self.folder / PIPELINE).get("force_zeros_for_empty_prompt", True))
