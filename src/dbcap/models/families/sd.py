@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the denoiser is told about one prompt."""
+    """What the denoiser is told about one prompt, or, each shape with a first axis more, about a batch of them."""
 
     states: torch.Tensor
     """(S, C): of every token; S is a multiple of the tokenizer's length."""
@@ -108,20 +108,24 @@ class StableDiffusion(Description):
         return str(self.tokenizers[0].decode(list(tokens), skip_special_tokens=True)).strip()
 
     @torch.inference_mode()
-    def encode(self, text: str, chunks: int, size: tuple[int, int]) -> Condition:  # noqa: ARG002 - XL's needs it
+    def encode(self, text: str, chunks: int, size: tuple[int, int]) -> Condition:
         """Encode a prompt in exactly `chunks` pieces of the tokenizer's length; what does not fit is left out.
 
         `size` is the picture's width and height, which some families tell the denoiser.
         """
-        raw = self._states(self.tokenizers[0], self._text_encoders()[0], text, chunks, self._last)
-        return Condition(raw[0])
+        rows = self.token_rows(text, chunks)
+        told = self.tell(self._text_encoders(), rows, size)
+        return Condition(told.states.flatten(0, 1), {name: value[0] for name, value in told.added.items()})
 
-    def _last(self, output: Any) -> torch.Tensor:
-        states: torch.Tensor = output.last_hidden_state
-        return states
+    def tell(self, encoders: Sequence[Any], rows: Sequence[torch.Tensor], size: tuple[int, int]) -> Condition:  # noqa: ARG002 - XL's needs it
+        """Run text encoders over token rows, one (B, L) for each encoder -> states (B, L, C), additions (B, X)."""
+        return Condition(encoders[0](rows[0]).last_hidden_state)
 
-    def _states(self, tokenizer: Any, encoder: Any, text: str, chunks: int, choose: Any) -> tuple[torch.Tensor, Any]:
-        """Return the states (chunks x length, C) that `choose` takes out of the encoder's output, and the output."""
+    def token_rows(self, text: str, chunks: int) -> list[torch.Tensor]:
+        """Return the tokens of a prompt for each text encoder: (chunks, L), marks and padding included."""
+        return [self._rows(tokenizer, text, chunks) for tokenizer in self.tokenizers]
+
+    def _rows(self, tokenizer: Any, text: str, chunks: int) -> torch.Tensor:
         length = int(tokenizer.model_max_length)
         ids = self._ids(tokenizer, text)
         start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -129,16 +133,13 @@ class StableDiffusion(Description):
         for number in range(chunks):
             part = ids[number * (length - 2) : (number + 1) * (length - 2)]
             rows.append([start, *part, end, *[pad] * (length - 2 - len(part))])
-        output = encoder(torch.tensor(rows, device=self.device), output_hidden_states=True)
-        return choose(output).flatten(0, 1), output
+        return torch.tensor(rows, device=self.device)
 
     def _text_encoders(self) -> list[Any]:
         if self._encoders is None:
             self._encoders = []
             for _, encoder, kind in self.text_parts:
-                weights, called = self._weights(encoder), self._called(encoder)
-                model = parts.transformers_model(kind, self.folder / encoder, weights, called, self.dtype)
-                model = model.to(self.device)
+                model = self._plain(encoder, kind)
                 for one in self._loras:
                     one.merge(encoder, model)
                 for new in self._embeddings:
@@ -157,9 +158,7 @@ class StableDiffusion(Description):
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        weights, config = self._weights("unet"), self.unet_config
-        model = parts.diffusers_model(UNet2DConditionModel, config, weights, self._called("unet"), self.dtype)
-        model = model.to(self.device)
+        model = self._plain("unet", UNet2DConditionModel)
         names = unet_names(model) if self._loras else {}
         for one in self._loras:
             one.merge("unet", model, names)
@@ -168,6 +167,28 @@ class StableDiffusion(Description):
         model = model.to(memory_format=torch.channels_last)
         self._release()
         return model
+
+    def module(self, part: str) -> Any:
+        """Return a denoiser or text encoder of its own, as the library defines it, to be trained: nothing is packed.
+
+        Its weights are copies in this family's number format, without gradients yet.
+        """
+        kinds = {"unet": UNet2DConditionModel, **{encoder: kind for _, encoder, kind in self.text_parts}}
+        model = self._plain(part, kinds[part])
+        with torch.no_grad():
+            for parameter in model.parameters():  # the file's pages are nobody's to write to
+                parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
+        self._release()
+        return model.to(memory_format=torch.channels_last) if part == "unet" else model
+
+    def _plain(self, part: str, kind: Any) -> Any:
+        """Load a part on the device; only the denoiser is of diffusers' making here."""
+        weights, called = self._weights(part), self._called(part)
+        if kind is UNet2DConditionModel:
+            model = parts.diffusers_model(kind, self.unet_config, weights, called, self.dtype)
+        else:
+            model = parts.transformers_model(kind, self.folder / part, weights, called, self.dtype)
+        return model.to(self.device)
 
     def _weights(self, part: str) -> MappedWeights:
         """Open the weights of a part."""
@@ -254,9 +275,13 @@ class StableDiffusion(Description):
         """Run the denoiser: latents (B, C, H, W) float32, B conditions of one length -> (B, C, H, W) float32."""
         states = torch.stack([one.states for one in conditions])
         added = {name: torch.stack([one.added[name] for one in conditions]) for name in conditions[0].added}
+        return self.denoise(self.unet, latents, time, Condition(states, added))
+
+    def denoise(self, unet: Any, latents: torch.Tensor, time: torch.Tensor, told: Condition) -> torch.Tensor:
+        """Run a denoiser: latents (B, C, H, W), times (B,) or one for all, states (B, S, C) -> (B, C, H, W) float32."""
         given = latents.to(self.dtype, memory_format=torch.channels_last)
-        sample: torch.Tensor = self.unet(
-            given, time.to(self.device), encoder_hidden_states=states, added_cond_kwargs=added or None
+        sample: torch.Tensor = unet(
+            given, time.to(self.device), encoder_hidden_states=told.states, added_cond_kwargs=told.added or None
         ).sample
         return sample.float()
 
@@ -270,12 +295,17 @@ class StableDiffusion(Description):
         picture = self.vae.decode(given).sample[0].float()
         return ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu()
 
-    @torch.inference_mode()
     def encode_picture(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode RGB uint8 (height, width, 3) -> latents (C, H, W) float32: the mean, so that nothing is drawn."""
+        return self.encode_distribution(pixels)[0]
+
+    @torch.inference_mode()
+    def encode_distribution(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode RGB uint8 (height, width, 3) -> mean and deviation of its latents, each (C, H, W) float32."""
         given = (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(self.device, self.vae.dtype)
-        mean = self.vae.encode(given.contiguous(memory_format=torch.channels_last)).latent_dist.mode()[0].float()
+        found = self.vae.encode(given.contiguous(memory_format=torch.channels_last)).latent_dist
+        mean, deviation = found.mean[0].float(), found.std[0].float()
         if shift := self.vae_config.get("shift_factor"):
             mean = mean - shift
-        scaled: torch.Tensor = mean * self.vae_config["scaling_factor"]
-        return scaled
+        factor = self.vae_config["scaling_factor"]
+        return mean * factor, deviation * factor
