@@ -7,6 +7,9 @@ import json
 import pytest
 
 from dbcap.config import paths
+from dbcap.config.profiles import BUILTIN
+
+STARTER = BUILTIN["starter"]
 
 
 def test_the_life_of_a_profile(cli):
@@ -33,23 +36,16 @@ def test_the_life_of_a_profile(cli):
 def test_json(cli):
     cli("profile", "use", "starter")
     assert json.loads(cli("profile", "list", "--json").out) == [{"name": "starter", "active": True, "path": None}]
-    assert json.loads(cli("profile", "show", "starter", "--json").out) == {
-        "caption.model": "starter",
-        "generate.model": "starter",
-        "generate.steps": 20,
-        "generate.guidance": 3.0,
-    }
+    shown = json.loads(cli("profile", "show", "starter", "--json").out)
+    assert {key: tuple(value) if isinstance(value, list) else value for key, value in shown.items()} == STARTER
 
 
 def test_a_profile_from_another(cli):
     assert cli("profile", "create", "mine", "--from", "starter", "quiet=true").code == 0
-    assert cli("profile", "show", "mine").out.splitlines() == [
-        "quiet = true",
-        'caption.model = "starter"',
-        'generate.model = "starter"',
-        "generate.steps = 20",
-        "generate.guidance = 3.0",
-    ]
+    lines = cli("profile", "show", "mine").out.splitlines()
+    assert lines[0] == "quiet = true"
+    assert lines[1:] == cli("profile", "show", "starter").out.splitlines()
+    assert 'caption.model = "starter"' in lines
 
 
 def test_use_none(cli):

@@ -66,6 +66,8 @@ def test_kinds():
     assert not fields.is_switch(FIELDS["caption.seed"])
     assert [key for key, field in FIELDS.items() if fields.is_list(field)] == [
         "caption.replace",
+        "prep.class_prompts",
+        "train.class_prompts",
         "generate.lora",
         "generate.embedding",
     ]

@@ -9,7 +9,8 @@ from dbcap.config.resolve import Given, active_profile, resolve
 from dbcap.errors import ConfigError, UsageError
 
 KEY = "caption.num_beams"
-STARTER = {"caption.model": "starter", "generate.model": "starter", "generate.steps": 20, "generate.guidance": 3.0}
+STARTER = profiles.BUILTIN["starter"]
+MODELS = ("caption.model", "prep.model", "prep.captioner", "train.model", "train.captioner", "generate.model")
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,13 @@ def _isolated(home, tmp_path, monkeypatch):
 def test_starter_comes_with_dbcap_and_points_every_command_at_the_starter_models():
     layer = profiles.load("starter", "named")
     assert (layer.origin, layer.values) == ("profile starter (named)", STARTER)
+    assert [key for key, value in layer.values.items() if value == "starter"] == sorted(MODELS, key=list(STARTER).index)
+    assert {key: STARTER[key] for key in ("generate.guidance", "train.lr", "train.steps", "train.batch_size")} == {
+        "generate.guidance": 3.0,
+        "train.lr": 1e-5,
+        "train.steps": 400,
+        "train.batch_size": 4,
+    }
     assert profiles.names() == ["starter"]
 
 

@@ -29,6 +29,7 @@ class Cli:
     metavar: str = ""
     takes: str = ""  # in words, what a `pattern` allows
     argument: bool = False  # positional; cannot be set in a file or the environment
+    changeable: bool = False  # of a run's settings: `dbcap resume` may change it
 
 
 def option(
@@ -39,10 +40,11 @@ def option(
     unset: str = "",
     metavar: str = "",
     takes: str = "",
+    changeable: bool = False,
     **bounds: Any,
 ) -> Any:
     """Declare a field that is an option; help shows `text`. `flags` are added to the one derived from its name."""
-    cli = Cli(flags=flags, group=group, unset=unset, metavar=metavar, takes=takes)
+    cli = Cli(flags=flags, group=group, unset=unset, metavar=metavar, takes=takes, changeable=changeable)
     return Field(default, description=text, json_schema_extra={"cli": cli}, **bounds)  # type: ignore[dict-item]
 
 
@@ -60,8 +62,8 @@ def cli_of(field: FieldInfo) -> Cli:
 
 
 def flag_of(name: str) -> str:
-    """Return the long option of a field: `num_beams` -> `--num-beams`."""
-    return "--" + name.replace("_", "-")
+    """Return the long option of a field: `num_beams` -> `--num-beams`, and `from_`, a word of Python's -> `--from`."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def variable_of(key: str) -> str:

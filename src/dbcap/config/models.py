@@ -2,75 +2,47 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
-from pydantic import AfterValidator, model_validator
+from pydantic import model_validator
 
+from dbcap.config.base import (
+    COMMON,
+    COMPUTE,
+    DURATION,
+    MOST,
+    OF_MODEL,
+    OUTPUT,
+    READING,
+    CommonConfig,
+    ComputeConfig,
+    Count,
+    Place,
+    Seed,
+    Side,
+    Text,
+)
 from dbcap.config.fields import Section, argument, flag_of, option
+from dbcap.config.training import PrepConfig, ResumeConfig, TrainConfig
 
-COMMON = "Common options"
+__all__ = [
+    "COMMON",
+    "SCHEDULERS",
+    "SECTIONS",
+    "CaptionConfig",
+    "CommonConfig",
+    "GenerateConfig",
+    "PrepConfig",
+    "ResumeConfig",
+    "TrainConfig",
+]
+
 DECODING = "Decoding"
-OUTPUT = "Output"
-READING = "Reading"
 PROMPTS = "Prompts"
 SAMPLING = "Sampling"
-COMPUTE = "Model and device"
-OF_MODEL = "the model's own"
 OF_BEAMS = ("length_penalty", "early_stopping")
-
-Count = Annotated[int, Ge(1)]
-MOST = 256  # beams, candidates, threads: more is a slip of the finger, and takes all memory
-
-
-def _text(value: str) -> str:
-    if not value or "\0" in value:
-        raise ValueError("empty, or no text")
-    return value
-
-
-# No MinLen: it would refuse file names that are no UTF-8.
-Text = Annotated[str, AfterValidator(_text)]
-Place = Annotated[str, AfterValidator(lambda value: os.path.expanduser(_text(value)))]
-"""A file or folder; ~ is the home also where no shell has seen to it."""
-Side = Annotated[int, Ge(1), Le(8192)]
-Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
-DURATION = r"^(\d{1,6}h(\d{1,6}m)?(\d{1,6}s)?|\d{1,6}m(\d{1,6}s)?|\d{1,9}s?)$"
 SCHEDULERS = ("ddim", "pndm", "euler", "euler-a", "dpm++", "dpm++-karras", "unipc", "lms", "heun")
-
-
-class CommonConfig(Section):
-    """What every command understands. These keys stand at the top of a file, outside of any table."""
-
-    quiet: bool = option(False, "Say only what failed.", "-q", group=COMMON)
-    verbose: bool = option(False, "Explain what was chosen and why.", "-v", group=COMMON)
-    progress: bool = option(True, "Show progress where stderr is a terminal.", group=COMMON)
-    log_file: str | None = option(
-        None, "Append everything that is said to this file, with times.", group=COMMON, metavar="FILE"
-    )
-    offline: bool = option(False, "Never ask the hub: use what is cached.", group=COMMON)
-    allow_pickle: bool = option(
-        True, "Read models that exist as a pickled file only (by a loader that runs no code).", group=COMMON
-    )
-
-
-class ComputeConfig(Section):
-    """Where and how a model runs."""
-
-    device: str = option(
-        "auto",
-        "Where the model runs: auto, cpu, cuda, cuda:N or mps.",
-        group=COMPUTE,
-        metavar="DEVICE",
-        pattern=r"^(auto|cpu|cuda(:[0-9]+)?|mps)$",
-        takes="auto, cpu, cuda, cuda:N or mps",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Number format of the weights.", group=COMPUTE
-    )
-    batch_size: Literal["auto"] | Count = option("auto", "Images that go through the model at once.", group=COMPUTE)
-    compile: bool = option(False, "Use torch.compile, where it is of use: for long runs on a GPU.", group=COMPUTE)
 
 
 class CaptionConfig(ComputeConfig):
@@ -233,7 +205,7 @@ class GenerateConfig(ComputeConfig):
 
     model: Text = option(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "Diffusion model: starter, org/name[@revision] on the hub, a folder, or a .safetensors file.",
+        "Diffusion model: starter, run:NAME[@STEP], org/name[@revision] on the hub, a folder, or a .safetensors file.",
         "-m",
         group=COMPUTE,
         metavar="MODEL",
@@ -287,7 +259,7 @@ class GenerateConfig(ComputeConfig):
     out: Place = option("outputs", "Folder to write into.", "-o", group=OUTPUT, metavar="DIR")
     name: Text = option(
         "{index:05d}-{seed}",
-        "File name without its ending; fields: index, seed, prompt, date.",
+        "File name without its ending; fields: index, seed, prompt, date, run, step.",
         group=OUTPUT,
         metavar="TEMPLATE",
     )
@@ -327,5 +299,11 @@ class GenerateConfig(ComputeConfig):
         return self
 
 
-SECTIONS: dict[str, type[Section]] = {"caption": CaptionConfig, "generate": GenerateConfig}
+SECTIONS: dict[str, type[Section]] = {
+    "caption": CaptionConfig,
+    "prep": PrepConfig,
+    "train": TrainConfig,
+    "resume": ResumeConfig,
+    "generate": GenerateConfig,
+}
 """Table of a file -> its model. A command that is added adds its line here."""

@@ -11,6 +11,16 @@ from dbcap.config.layers import Layer, checked, from_file
 from dbcap.config.paths import config_file, profiles_dir
 from dbcap.errors import ConfigError, UsageError, did_you_mean
 
+_COLOURS = "white black red green blue yellow orange purple pink brown gray".split()  # noqa: SIM905 - readable
+_STARTER_PHOTOS: Mapping[str, Any] = {
+    "model": "starter",
+    "captioner": "starter",
+    "size": 64,
+    "template": "a 3d render of a [V] {class}",
+    "class_images": 110,
+    "class_prompts": tuple(f"a 3d render of a {{class}} on a {colour} background" for colour in _COLOURS),
+    "class_steps": 20,
+}
 BUILTIN: Mapping[str, Mapping[str, Any]] = {
     # The models of the package dbcap-starter: everything works offline.
     "starter": {
@@ -18,6 +28,11 @@ BUILTIN: Mapping[str, Mapping[str, Any]] = {
         "generate.model": "starter",
         "generate.steps": 20,
         "generate.guidance": 3.0,
+        **{f"{command}.{key}": value for command in ("prep", "train") for key, value in _STARTER_PHOTOS.items()},
+        "train.lr": 1e-5,
+        "train.steps": 400,
+        "train.batch_size": 4,
+        "train.sample_guidance": 3.0,
     },
 }
 

@@ -52,6 +52,15 @@ class Settings:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise ConfigError(message, self._elsewhere(prefix, message)) from None
 
+    def given(self, section: str) -> dict[str, Any]:
+        """Return what was set of a table for this very run: on the command line, or in the file of --config."""
+        prefix, places = f"{section}.", (COMMAND_LINE, "--config ")
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.values.items()
+            if key.startswith(prefix) and self.origins[key].startswith(places)
+        }
+
     def _elsewhere(self, prefix: str, message: str) -> str:
         """Name the place of each option in a message that was not typed just now."""
         keys = [prefix + flag[2:].replace("-", "_") for flag in re.findall(r"--[a-z][a-z-]*", message)]

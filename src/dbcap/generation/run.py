@@ -94,7 +94,7 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         events=events,
         home=cache_dir(),
     )
-    model = families.describe(local)
+    model, given = families.describe(local), plan.with_own(given, local.additions)
     if recipe:
         planned = [plan.repeated(recipe.job, model, local.revision, given, config)]
     else:
@@ -105,12 +105,36 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
         raise UsageError(f"--out {shown(config.out)} is no folder", "choose another")
     if config.dry_run:
         return _told(config, plan.measured(planned, opened()[0], events), Manifest(out))
+    with _locked(config):
+        printer = Printer(config.format)
+        return _Run(config, events, model, opened, planned, given, started, recipe, printer).run()
+
+
+def make(
+    config: GenerateConfig, planned: Sequence[Planned], local: LocalModel, printer: Printer, events: Events
+) -> GenerateReport:
+    """Make what is missing of planned images, of which `printer` is told. All else is as in `run`.
+
+    Every batch is a whole one, however few images there are: so an image is the same to the bit whatever the plan holds
+    after it.
+    """
+    model, given = families.describe(local), plan.with_own(Given(), local.additions)
+    opened = functools.cache(functools.partial(_open_model, config, local, given, None, events))
+    with _locked(config):
+        run = _Run(config, events, model, opened, planned, given, time.monotonic(), None, printer, whole_batches=True)
+        return run.run()
+
+
+@contextlib.contextmanager
+def _locked(config: GenerateConfig) -> Iterator[None]:
+    """Hold the output folder; refused, a run leaves nothing behind."""
+    out = Path(config.out)
     with ExitStack() as stack:
-        if not out.exists():  # refused, a run leaves nothing behind
+        if not out.exists():
             stack.callback(_remove_if_empty, out)
         lock = Path(config.lock) if config.lock else out / ".dbcap.lock"
         stack.enter_context(Lock(lock, remove=not config.lock))
-        return _Run(config, events, model, opened, planned, given, started, recipe).run()
+        yield
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -169,14 +193,18 @@ class _Run:
         given: Given,
         started: float,
         recipe: Recipe | None,
+        printer: Printer,
+        *,
+        whole_batches: bool = False,
     ) -> None:
         self._config, self._events, self._given, self._planned = config, events, given, planned
         self._opened = opened
         """What imports torch and reads the model: a run that finds everything there needs neither."""
         self._row = recipe.row if recipe else None
+        self._whole_batches = whole_batches or self._row is not None
         self._batch_size = self._size_of_batches(model)
         self._gallery = Gallery(config, model, given, self._again(), events)
-        self._printer = Printer(config.format)
+        self._printer = printer
         self._deadline = started + plan.seconds_of(config.max_time) if config.max_time else None
         self._made = self._failed = 0
 
@@ -238,7 +266,7 @@ class _Run:
         else:
             large = model.parameters >= LARGE
             most = 1 if large else MOST_BATCH
-        size = most if self._row is not None else min(most, len(self._planned))
+        size = most if self._whole_batches else min(most, len(self._planned))
         self._events.detail(f"batch size {size}")
         return size
 

@@ -1,0 +1,1 @@
+"""Preparing data sets: photos, words, captions, class images."""
