@@ -74,6 +74,43 @@ def dividing(checked: Callable[[float], Path]) -> Callable[..., float]:
     return call
 
 
+@pytest.fixture
+def write_run(home: Path) -> Callable[..., Any]:
+    """Return a function that writes a run by hand, as training leaves it: a finished one if nothing else is said."""
+    from dbcap import runs
+
+    def call(name: str = "dog-1", *, model: str = "starter", base: str | None = None, revision: str = "", **said: Any):
+        run = runs.Run(runs.folder() / name)
+        usual = {"status": "finished", "step": 400, "steps": 400, "method": "full", "identifier": "sks", "class": "dog"}
+        rest = {"data": {}, "best": None, "versions": {}, "host": {}, "timings": {}, "message": ""}
+        times = dict.fromkeys(("created", "changed"), "2026-11-25T12:00:00+00:00")
+        where = {"config": {"model": "as it was typed", "base": None, "lr": 1e-5}}
+        where["base"] = {"model": model, "base": base, "revision": revision, "files": {}}
+        run.write({"name": name} | usual | rest | times | where | said)
+        return run
+
+    return call
+
+
+@pytest.fixture
+def write_checkpoint() -> Callable[..., Path]:
+    """Return a function that gives a run a checkpoint with these files: path in it -> tensors."""
+    from safetensors.torch import save_file
+
+    def call(run: Any, step: int, files: dict[str, dict[str, Any]] | None = None, best: bool = False) -> Path:
+        folder = run.checkpoints / f"{step:06d}"
+        for name, tensors in (files or {}).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state.json").write_text("{}")
+        if best:
+            (run.checkpoints / "best").symlink_to(folder.name)
+        return folder
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def family() -> Callable[..., Any]:
     """Return a function that loads a folder's family object."""

@@ -114,7 +114,7 @@ def test_the_line_in_the_list_is_how_the_commands_own_help_begins(cli, name):
     assert COMMANDS[name].help.removesuffix(".") in " ".join(out.split())
 
 
-@pytest.mark.parametrize("words", [(), ("config",), ("profile",), ("models",), ("cache",), ("plugins",)])
+@pytest.mark.parametrize("words", [(), ("config",), ("profile",), ("runs",), ("models",), ("cache",), ("plugins",)])
 def test_without_a_command_the_help_is_shown_on_stderr_and_the_code_is_2(cli, words):
     assert cli(*words) == (2, "", cli(*words, "--help").out)
 

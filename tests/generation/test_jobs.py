@@ -19,7 +19,7 @@ from dbcap.generation.jobs import LONGEST_NAME, Job, check_template, fitting, na
 
 DIGEST = "ab" * 32
 JOB = Job(DIGEST, "a photo of a cat 🐕", "", 0, 512, 512, "ddim", 30, 7.5)
-FIELDS = {"index": 7, "seed": 2**64 - 1, "prompt": "a-cat", "date": "2026-11-25"}
+FIELDS = {"index": 7, "seed": 2**64 - 1, "prompt": "a-cat", "date": "2026-11-25", "run": "dog-1", "step": 400}
 SEEDS = st.integers(0, 2**64 - 1)
 
 OTHERS: dict[str, list[Any]] = {
@@ -185,6 +185,7 @@ def test_a_file_of_the_longest_name_can_be_written(tmp_path):
         ("{{{index}}}", "{7}"),
         ("{date}-{index}", "2026-11-25-7"),
         ("写真 {index}", "写真 7"),
+        ("{run}-{step:06d}-{index}", "dog-1-000400-7"),
     ],
 )
 def test_templates(template, name):
@@ -211,7 +212,7 @@ def test_templates(template, name):
         ("{}", "--name has no field {}; "),
         ("{0}", "--name has no field {0}; "),
         ("{sed}", "--name has no field {sed}; did you mean seed?"),
-        ("{qqq}", "--name has no field {qqq}; there are index, seed, prompt, date"),
+        ("{qqq}", "--name has no field {qqq}; there are index, seed, prompt, date, run, step"),
         ("{index", "--name '{index' cannot be read: "),
         ("index}", "--name 'index}' cannot be read: "),
         ("{index!x}", "--name '{index!x}' cannot be filled in: "),
@@ -219,6 +220,8 @@ def test_templates(template, name):
         ("{index:.3d}", "--name '{index:.3d}' cannot be filled in: "),
         ("plain", "--name gives all images one name; let it hold {index} or {seed}"),
         ("{prompt}-{date}", "--name gives all images one name; "),
+        ("{run}-{step}", "--name gives all images one name; "),
+        ("{run:d}{seed}", "--name '{run:d}{seed}' cannot be filled in: "),
         ("{{index}}", "--name gives all images one name; "),
         ("../{index}", "--name gives '../0', which is no plain file name; use --out for the folder"),
         ("/tmp/{index}", "--name gives '/tmp/0', which is no plain file name; "),

@@ -64,13 +64,38 @@ def test_a_file_is_no_model(text):
 @pytest.mark.parametrize(
     "text",
     "| |"
-    " starter|run:x|run:a/b|a/b/c|org/name@|org/name@a..b|org/name@-x|a--b/c|org/name.git|-x|name@main|a b/c|"
+    " starter|a/b/c|org/name@|org/name@a..b|org/name@-x|a--b/c|org/name.git|-x|name@main|a b/c|"
     f"org/na\0me|org/.name|{'o' * 60}/{'n' * 60}|org/name@a//b".split("|"),
 )
 def test_what_fits_no_form(text):
     with pytest.raises(UsageError, match="ORG/NAME") as failure:
         parse(text)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "revision"),
+    [
+        ("run:dog-1", "dog-1", "final"),
+        ("run:Dog_1.2@last", "Dog_1.2", "last"),
+        ("run:dog@best", "dog", "best"),
+        ("run:dog@200", "dog", "200"),
+        ("run:one.safetensors", "one.safetensors", "final"),
+    ],
+)
+def test_a_run_and_its_checkpoints(text, name, revision):
+    Path(text).mkdir()
+    assert parse(text) == ModelSpec(text, "run", name=name, revision=revision)
+    assert parse(f"./{text}/").kind == "folder"
+
+
+@pytest.mark.parametrize(
+    "text", ["run:", "run:a/b", "run:..", "run:-x", "run:x@", "run:x@first", "run:x@1.5", "run:x@-1", "run:x@last@2"]
+)
+def test_what_is_no_run(text):
+    with pytest.raises(UsageError) as failure:
+        parse(text)
+    assert failure.value.hint == "a run is written run:NAME, or run:NAME@STEP, @last or @best"
 
 
 def test_an_address_of_the_hub_is_told_how_to_write_it():

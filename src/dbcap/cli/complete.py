@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import typer
 
+from dbcap import runs
 from dbcap.config import profiles
 from dbcap.config.fields import choices
 from dbcap.config.layers import known_fields, normal_key
@@ -35,3 +36,8 @@ def value(ctx: typer.Context, incomplete: str) -> list[str]:
 def profile(incomplete: str) -> list[str]:
     """Offer the names of profiles."""
     return one_of(profiles.names())(incomplete)
+
+
+def run(incomplete: str) -> list[str]:
+    """Offer the names of runs."""
+    return one_of(one.name for one in runs.every())(incomplete)

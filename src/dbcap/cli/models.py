@@ -23,7 +23,7 @@ Spec = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="starter, org/name[@revision] on the hub, a folder, or a .safetensors file.",
+        help="starter, run:NAME[@STEP], org/name[@revision] on the hub, a folder, or a .safetensors file.",
         show_default=False,
     ),
 ]

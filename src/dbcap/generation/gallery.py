@@ -51,13 +51,14 @@ class Gallery:
         self._folder = Path(config.out)
         self._manifest = Manifest(self._folder)
         self._model, self._scheduler_config = model.title, model.scheduler_config
+        self._names = {"run": model.run or jobs.slug(model.title), "step": model.step}
         self._facts: dict[str, Any] = {
             "model": model.address,
             **({"base": os.path.abspath(os.path.expanduser(config.base))} if config.base else {}),
             **({"init": os.path.abspath(config.init)} if config.init else {}),
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),
-            "lora": [str(one) for one in given.additions if not one.embedding],
-            "embedding": [str(one) for one in given.additions if one.embedding],
+            "lora": [str(one) for one in given.additions if not one.embedding and not one.own],
+            "embedding": [str(one) for one in given.additions if one.embedding and not one.own],
             **({"low_memory": True} if config.low_memory else {}),
             **({"safety": True} if config.safety and model.has_checker else {}),
             "version": __version__,
@@ -142,6 +143,7 @@ class Gallery:
             "seed": one.job.seed,
             "prompt": jobs.slug(one.job.prompt),
             "date": time.strftime("%Y-%m-%d"),
+            **self._names,
         }
         stem = jobs.named(self._config.name, fields)
         number, name = 1, jobs.fitting(stem, ending)

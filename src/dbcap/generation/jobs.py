@@ -22,7 +22,7 @@ _FIXED = ("negative", "guidance")
 """Fields that always stand in the key; others only where they hold something, so that new fields leave old keys."""
 _NUMBERS = ("guidance", "guidance_rescale", "eta", "strength")
 _SPEC = re.compile(r"(.?[<>=^])?[-+ ]?#?0?\d{0,3}[_,]?(\.\d{1,3})?[sdbxXo]?")
-_FIELDS = ("index", "seed", "prompt", "date")
+_FIELDS = ("index", "seed", "prompt", "date", "run", "step")
 
 
 class UnfitError(DbcapError):
@@ -87,7 +87,7 @@ def check_template(template: str) -> None:
             raise UsageError(f"--name: {{{name}:{shown(spec)}}} has no format for file names", "try {index:05d}")
     if "seed" not in fields and "index" not in fields:
         raise UsageError("--name gives all images one name", "let it hold {index} or {seed}")
-    named(template, dict.fromkeys(_FIELDS, "x") | {"index": 0, "seed": 0})
+    named(template, dict.fromkeys(_FIELDS, "x") | {"index": 0, "seed": 0, "step": 0})
 
 
 def named(template: str, fields: Mapping[str, Any]) -> str:

@@ -20,6 +20,8 @@ from dbcap.errors import UsageError
 from dbcap.generation import pictures, schedulers
 from dbcap.generation.jobs import Job
 from dbcap.inputs import shown
+from dbcap.models import trained
+from dbcap.models.specs import OF_RUN
 
 _OF_JOB = (
     *("negative", "seed", "width", "height", "steps", "guidance", "guidance_rescale", "eta"),
@@ -115,7 +117,9 @@ def _settings(facts: dict[str, Any], job: Job) -> dict[str, Any]:
     """Return the facts that are options. Raises KeyError, ConfigError or ValueError."""
     known = {key: GenerateConfig.model_fields[key].default for key in _PERHAPS} | facts
     said = {key: checked(f"generate.{key}", known[key], flag_of(key)) for key in (*_ALWAYS, *_PERHAPS)}
-    if len(said["lora"]) + len(said["embedding"]) != len(job.additions):
+    count = len(said["lora"]) + len(said["embedding"])
+    own = said["model"].startswith(OF_RUN)  # what such a model brings along stands in the job alone
+    if count > len(job.additions) or (count < len(job.additions) and not own):
         raise ValueError("it has not as many LoRA and embedding files as its job")
     for key in ("init", "mask"):
         if getattr(job, key) and not said[key]:
@@ -129,7 +133,8 @@ def _settings(facts: dict[str, Any], job: Job) -> dict[str, Any]:
 def _places(job: Job, said: dict[str, Any], config: GenerateConfig) -> dict[str, Any]:
     """Return where the files of a picture are by now. What it was made without stays away, be it in a profile."""
     model = said["model"]
-    if Path(model).is_absolute() and not os.path.exists(model):
+    lost = trained.is_gone(model)
+    if lost or (Path(model).is_absolute() and not os.path.exists(model)):
         if config.model == GenerateConfig.model_fields["model"].default:
             raise _gone(model, "--model MODEL")
         model = config.model
@@ -143,11 +148,11 @@ def _places(job: Job, said: dict[str, Any], config: GenerateConfig) -> dict[str,
         if used and then and not given and not _there(then):
             raise _gone(then, form)
         places[key] = (given or then) if used else None
-    return places | {key: _additions(key, said[key], getattr(config, key)) for key in ("lora", "embedding")}
+    return places | {key: _additions(key, said[key], getattr(config, key), lost) for key in ("lora", "embedding")}
 
 
-def _additions(key: str, then: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
-    if given and then:
+def _additions(key: str, then: tuple[str, ...], given: tuple[str, ...], lost: bool) -> tuple[str, ...]:
+    if given and (then or lost):  # a run that is lost may have had one of its own
         return given
     for text in then:
         path, colon, scale = text.rpartition(":") if key == "lora" else (text, "", "")

@@ -23,6 +23,7 @@ from dbcap.generation.prompts import Request
 from dbcap.images import read
 from dbcap.inputs import shown
 from dbcap.models.identity import Identity
+from dbcap.models.trained import Addition
 
 if TYPE_CHECKING:
     from dbcap.models.families.description import Description
@@ -39,21 +40,6 @@ class Planned:
     job: Job
     where: str = "the prompt"
     chunks: int = 1
-
-
-@dataclass(frozen=True)
-class Addition:
-    """A LoRA file and its scale, or an embedding file."""
-
-    path: Path
-    scale: float
-    sha256: str
-    embedding: bool = False
-
-    def __str__(self) -> str:
-        """Return what the option takes."""
-        path = os.path.abspath(self.path)
-        return path if self.embedding else f"{path}:{self.scale!r}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +66,11 @@ def read_given(config: GenerateConfig) -> Given:
         sizes = (f"{one.image.width}x{one.image.height}" for one in (mask, init))
         raise UsageError("--mask is {}, and --init {}".format(*sizes), "make them of one size")
     return Given(init.image, init.sha256, mask.image, mask.sha256, additions)
+
+
+def with_own(given: Given, own: Sequence[Addition]) -> Given:
+    """Return what was given with what belongs to the model itself: LoRA files first, then embeddings."""
+    return replace(given, additions=tuple(sorted((*own, *given.additions), key=lambda one: one.embedding)))
 
 
 def _read(name: str) -> Any:
@@ -200,7 +191,7 @@ def _check_additions(now: Sequence[Addition], then: Sequence[tuple[str, float]])
             option = "--embedding FILE" if one.embedding else f"--lora FILE:{scale!r}"
             raise UsageError(
                 f"--like: a LoRA or embedding file is not what it was: {shown(str(one))}",
-                f"give {option}, where it is now",
+                "its run went on since" if one.own else f"give {option}, where it is now",
             )
 
 

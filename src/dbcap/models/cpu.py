@@ -231,3 +231,9 @@ def _sysctl(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout
+
+
+def peak_bytes() -> int | None:
+    """Return the most memory that this process had at once, where the system tells."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", _read(Path("/proc/self/status")))
+    return int(found[1]) * 1024 if found else None

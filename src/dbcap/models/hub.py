@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dbcap.errors import ModelError, UsageError, did_you_mean
+from dbcap.errors import DbcapError, ModelError, UsageError, did_you_mean
 from dbcap.events import Events
-from dbcap.models import pipelines, remote, single_file
+from dbcap.models import pipelines, remote, single_file, trained
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import (
     PIPELINE,
@@ -23,6 +24,7 @@ from dbcap.models.layout import (
 from dbcap.models.remote import HubOutOfReachError, ModelFile
 from dbcap.models.single_file import SingleFile
 from dbcap.models.specs import FORMS, ModelSpec, named_or_folder, parse
+from dbcap.models.trained import Addition, Trained
 from dbcap.plugins import loader
 from dbcap.plugins.api import Model
 
@@ -50,6 +52,10 @@ class LocalModel:
     """The files that are read, as their publisher wrote them (before any conversion)."""
     single: SingleFile | None = None
     """The one file with all weights, where there is one; then `folder` holds its configs and tokenizers."""
+    additions: tuple[Addition, ...] = ()
+    """LoRA and embedding files that a run trained: they belong to the model, which `folder` is without them."""
+    trained: Trained | None = None
+    """What run it is of, where it is of one."""
 
     @property
     def parameters(self) -> int:
@@ -81,6 +87,9 @@ def locate(
         return _one_file(spec, kind, base, home)
     if base is not None:
         raise UsageError("--base goes with a --model that is a .safetensors file", f"{text} has its own configs")
+    if spec.kind == "run":
+        how = {"safety": safety, "offline": offline, "allow_pickle": allow_pickle, "events": events, "home": home}
+        return _of_run(spec, kind, how)
     if spec.kind == "hub":
         folder, commit = _from_hub(spec, kind, safety, offline or remote.forbidden(), allow_pickle, events)
         choice = layout_of(folder, spec.text, kind, safety)
@@ -96,6 +105,41 @@ def locate(
 
         folder = weights.convert(folder, choice, cache=home, allow_pickle=allow_pickle, events=events)
     return LocalModel(spec, folder, revision, files)
+
+
+# ---- runs
+
+
+def _of_run(spec: ModelSpec, kind: str | None, how: Mapping[str, Any]) -> LocalModel:
+    """Return what a run made; `how` is what `locate` was told."""
+    if kind == "captioner":
+        raise ModelError(f"{spec.text} is a diffusion model, no captioner", "choose another --model")
+    found, home = trained.find(spec), how["home"]
+    spec = replace(spec, text=found.address)
+    if found.whole:
+        return replace(locate(str(found.folder), kind="diffusion", **how), spec=spec, trained=found)
+    base = _before(found, how)
+    one = found.addition(home / "hashes.json")
+    if one is None:
+        folder = trained.assembled(found, base, home, how["safety"])
+        return replace(locate(str(folder), kind="diffusion", **how), spec=spec, trained=found)
+    file = ModelFile(one.path.name, one.path.stat().st_size, one.sha256)
+    return replace(base, spec=spec, files=(*base.files, file), additions=(*base.additions, one), trained=found)
+
+
+def _before(found: Trained, how: Mapping[str, Any]) -> LocalModel:
+    """Return the model that a run was trained on."""
+    try:
+        base = locate(found.model, kind="diffusion", base=found.base, **how)
+    except DbcapError as error:
+        message = f"{found.address} needs {found.model}, which it was trained on: {error.message}"
+        raise ModelError(message, error.hint) from error
+    if base.revision != found.revision:
+        how["events"].warn(
+            f"{found.model} is not what {found.address} was trained on:"
+            f" its hash was {found.revision[:12]} and is {base.revision[:12]}"
+        )
+    return base
 
 
 # ---- plugins, folders and files

@@ -13,7 +13,7 @@ from huggingface_hub.errors import CacheNotFound
 
 from dbcap.errors import ModelError
 from dbcap.events import Events
-from dbcap.models import hub, pipelines, remote, single_file
+from dbcap.models import hub, pipelines, remote, single_file, trained
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import CONFIG, PIPELINE, Kind, file_names, kind_of, read_config
 from dbcap.models.remote import HubOutOfReachError, ModelFile, RemoteModel
@@ -69,6 +69,8 @@ def inspect(text: str, *, kind: str | None = None, offline: bool, events: Events
     spec = hub.parsed(text)
     if spec.kind == "file" and spec.path is not None:
         return _inspect_file(spec, spec.path.absolute(), home)
+    if spec.kind == "run":
+        return _inspect_run(spec, offline, events, home)
     if spec.kind == "folder" and spec.path is not None:
         return _inspect_folder(spec, spec.path.absolute(), kind, home / "hashes.json")
     if spec.kind == "named":
@@ -120,6 +122,27 @@ def _inspect_file(spec: ModelSpec, file: Path, home: Path) -> ModelReport:
         cached=True,
         folder=file.parent,
         problem=problem,
+    )
+
+
+def _inspect_run(spec: ModelSpec, offline: bool, events: Events, home: Path) -> ModelReport:
+    """Look into a pipeline, or into the model before and what was trained of it or beside it."""
+    found = trained.find(spec)
+    text = str(found.folder) if found.whole else found.model
+    report = inspect(text, kind="diffusion", offline=offline, events=events, home=home)
+    description = f"{found.method}, step {found.step} of the run {found.run}, on {found.model}"
+    if found.whole:
+        return replace(report, spec=spec, description=description)
+    small = pipelines.small([file.name for file in report.files])
+    kept = [file for file in report.files if file.name in small or file.name.partition("/")[0] not in found.weights]
+    made = {path.relative_to(found.folder).as_posix() for path in found.weights.values()}
+    return replace(
+        report,
+        spec=spec,
+        revision="" if found.method == "full" else report.revision,
+        files=(*kept, *hub.hashed(found.folder, sorted(made), home / "hashes.json")),
+        description=description,
+        problem="" if found.base else report.problem,
     )
 
 

@@ -81,9 +81,13 @@ class Description:
         self._local = local
         self.name, self.folder = local.spec.text, local.folder
         path = local.single.path if local.single else local.spec.path and local.folder
+        path = None if local.trained else path
         self.address = str(path or local.spec.text)
         """What `--model` takes to find it from any folder."""
-        self.title = path.name.removesuffix(".safetensors") if path else local.spec.text
+        self.run = local.trained.run if local.trained else ""
+        """The run that made it, where one did; and its step there."""
+        self.step = local.trained.step if local.trained else 0
+        self.title = self.run or (path.name.removesuffix(".safetensors") if path else local.spec.text)
         """What it is called, wherever it lies."""
 
     def config(self, part: str) -> dict[str, Any]:
@@ -115,7 +119,8 @@ class Description:
 
     def identity_with(self, files: Iterable[Path]) -> Identity:
         """Return the identifier and the class word of a model, and of LoRA and embedding files, that dbcap trained."""
-        said = [(self.name, identity.of_folder(self.folder))]
+        made = self._local.trained
+        said = [(self.name, made.identity if made else identity.of_folder(self.folder))]
         return identity.agreed([*said, *((str(path), identity.of_header(path)) for path in files)])
 
     @property

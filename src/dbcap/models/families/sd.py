@@ -139,7 +139,7 @@ class StableDiffusion(Description):
         if self._encoders is None:
             self._encoders = []
             for _, encoder, kind in self.text_parts:
-                model = self._plain(encoder, kind)
+                model = self._plain(encoder, kind, self.dtype)
                 for one in self._loras:
                     one.merge(encoder, model)
                 for new in self._embeddings:
@@ -158,7 +158,7 @@ class StableDiffusion(Description):
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        model = self._plain("unet", UNet2DConditionModel)
+        model = self._plain("unet", UNet2DConditionModel, self.dtype)
         names = unet_names(model) if self._loras else {}
         for one in self._loras:
             one.merge("unet", model, names)
@@ -168,26 +168,26 @@ class StableDiffusion(Description):
         self._release()
         return model
 
-    def module(self, part: str) -> Any:
+    def module(self, part: str, dtype: torch.dtype) -> Any:
         """Return a denoiser or text encoder of its own, as the library defines it, to be trained: nothing is packed.
 
-        Its weights are copies in this family's number format, without gradients yet.
+        Its weights are copies, without gradients yet.
         """
         kinds = {"unet": UNet2DConditionModel, **{encoder: kind for _, encoder, kind in self.text_parts}}
-        model = self._plain(part, kinds[part])
+        model = self._plain(part, kinds[part], dtype)
         with torch.no_grad():
             for parameter in model.parameters():  # the file's pages are nobody's to write to
                 parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
         self._release()
         return model.to(memory_format=torch.channels_last) if part == "unet" else model
 
-    def _plain(self, part: str, kind: Any) -> Any:
+    def _plain(self, part: str, kind: Any, dtype: torch.dtype) -> Any:
         """Load a part on the device; only the denoiser is of diffusers' making here."""
         weights, called = self._weights(part), self._called(part)
         if kind is UNet2DConditionModel:
-            model = parts.diffusers_model(kind, self.unet_config, weights, called, self.dtype)
+            model = parts.diffusers_model(kind, self.unet_config, weights, called, dtype)
         else:
-            model = parts.transformers_model(kind, self.folder / part, weights, called, self.dtype)
+            model = parts.transformers_model(kind, self.folder / part, weights, called, dtype)
         return model.to(self.device)
 
     def _weights(self, part: str) -> MappedWeights:
@@ -280,8 +280,9 @@ class StableDiffusion(Description):
     def denoise(self, unet: Any, latents: torch.Tensor, time: torch.Tensor, told: Condition) -> torch.Tensor:
         """Run a denoiser: latents (B, C, H, W), times (B,) or one for all, states (B, S, C) -> (B, C, H, W) float32."""
         given = latents.to(self.dtype, memory_format=torch.channels_last)
+        states, added = told.states.to(self.dtype), {name: one.to(self.dtype) for name, one in told.added.items()}
         sample: torch.Tensor = unet(
-            given, time.to(self.device), encoder_hidden_states=told.states, added_cond_kwargs=told.added or None
+            given, time.to(self.device), encoder_hidden_states=states, added_cond_kwargs=added or None
         ).sample
         return sample.float()
 
