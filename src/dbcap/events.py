@@ -16,6 +16,9 @@ class Tracker(Protocol):
     def fail(self, count: int = 1) -> None:
         """Report `count` units as failed; they count as done too."""
 
+    def note(self, words: str) -> None:
+        """Show a few words beside the progress."""
+
 
 class Events(Protocol):
     """The progress protocol. Messages are single lines without markup."""
@@ -41,6 +44,9 @@ class _NoTracker:
         pass
 
     def fail(self, count: int = 1) -> None:
+        pass
+
+    def note(self, words: str) -> None:
         pass
 
 

@@ -25,7 +25,11 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "caption": Command("dbcap.cli.caption", "Caption images."),
+    "prep": Command("dbcap.cli.prep", "Prepare photos of a subject for training."),
+    "train": Command("dbcap.cli.train", "Train a personal model from a few photos."),
+    "resume": Command("dbcap.cli.resume", "Go on with a run that was interrupted."),
     "generate": Command("dbcap.cli.generate", "Make images from prompts."),
+    "runs": Command("dbcap.cli.runs", "List, look into, plot and remove runs."),
     "models": Command("dbcap.cli.models", "List, fetch and look into models."),
     "config": Command("dbcap.cli.config", "Show and change settings, and say where each comes from."),
     "profile": Command("dbcap.cli.profile", "Keep named sets of settings."),

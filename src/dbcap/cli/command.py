@@ -18,7 +18,6 @@ from dbcap.config.fields import Section
 from dbcap.config.models import COMMON, SECTIONS, CommonConfig
 from dbcap.config.resolve import Given, Settings, resolve
 from dbcap.errors import ConfigError
-from dbcap.events import Events
 from dbcap.plugins import loader
 
 C = TypeVar("C", bound=Section)
@@ -42,13 +41,17 @@ class Session:
     events: Terminal
 
 
-def command(model: type[C]) -> Callable[[Callable[[C, CommonConfig, Events], HasOutcome]], Callable[..., None]]:
-    """Make a command whose options are the fields of `model` and which prints the summary of the report it returns."""
+def command(model: type[C], *, given: str = "") -> Callable[[Callable[..., HasOutcome]], Callable[..., None]]:
+    """Make a command whose options are the fields of `model` and which prints the summary of the report it returns.
+
+    With the name of another table, `given` passes the function what was set of that table for this very run.
+    """
     section = next(name for name, known in SECTIONS.items() if known is model)
 
-    def decorate(function: Callable[[C, CommonConfig, Events], HasOutcome]) -> Callable[..., None]:
+    def decorate(function: Callable[..., HasOutcome]) -> Callable[..., None]:
         def start(session: Session, **own: Any) -> None:
-            report = function(session.settings.section(model, **own), session.common, session.events)
+            more = {"given": session.settings.given(given)} if given else {}
+            report = function(session.settings.section(model, **own), session.common, session.events, **more)
             if report.summary:
                 session.events.say(report.summary)
             if report.exit_code:
@@ -114,11 +117,13 @@ def _resolve_in_spite(given: Given) -> Settings:
 
 def _prepare_process(common: CommonConfig) -> None:
     """Set what libraries read from the environment when they are imported, which is later."""
+    import logging
     import os
 
     if common.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it says what it has not
     if "OMP_WAIT_POLICY" not in os.environ:
         # torch's threads wait for each other by spinning for milliseconds. Where something else wants the cores as
         # well, the one that all wait for gets none: captioning beside another program took 3 to 20 times as long.

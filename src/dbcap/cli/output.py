@@ -105,7 +105,7 @@ class _Bar:
         self._terminal = terminal
         self._console = stderr_console()
         self._progress = _progress(self._console, unit)
-        self._task = self._progress.add_task(title, total=total, failed="")
+        self._task = self._progress.add_task(title, total=total, failed="", note="")
         self._failed = 0
 
     def __enter__(self) -> _Bar:
@@ -123,6 +123,9 @@ class _Bar:
     def fail(self, count: int = 1) -> None:
         self._failed += count
         self._progress.update(self._task, advance=count, failed=f"{self._failed} failed")
+
+    def note(self, words: str) -> None:
+        self._progress.update(self._task, note=words)
 
 
 def _is_terminal(stream: Any) -> bool:
@@ -154,6 +157,7 @@ def _progress(console: Console, unit: str) -> Progress:
         *sizes,
         rp.TimeRemainingColumn(elapsed_when_finished=True),
         rp.TextColumn("[red]{task.fields[failed]}"),
+        rp.TextColumn("{task.fields[note]}", markup=False),
         console=console,
         transient=True,
     )
