@@ -24,6 +24,7 @@ with terminal.track("Captioning", 2) as tracker:
     terminal.fail("[b]x.jpg[/b] is\\nbroken")
     tracker.fail()
     tracker.advance()
+    tracker.note("loss [b]0.5")
     time.sleep(0.2)
 with terminal.track("Downloading", None, "bytes") as tracker:
     tracker.advance(1000)
@@ -120,6 +121,7 @@ def test_a_terminal_gets_colours_and_progress(on_terminal):
     assert f"{ESCAPE}[33mwarning: warned{ESCAPE}[0m\n" in shown
     assert f"{ESCAPE}[1;31merror: erred{ESCAPE}[0m\n" in shown
     assert re.search(r"Captioning .*1 failed", shown.replace("\n", " "))
+    assert "loss [b]0.5" in shown
     assert "2/2" in shown
     assert f"failed: [b]x.jpg[/b] is\\nbroken{ESCAPE}[0m\n" in shown
     assert shown.endswith("done\n")

@@ -263,6 +263,19 @@ def test_every_key_has_a_value_and_an_origin(world):
     assert list(found.values) == list(found.origins) == list(known_fields())
 
 
+def test_what_was_set_for_this_run_is_told_from_what_holds_always(home, monkeypatch, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nkeep = 5\n")
+    paths.config_file().parent.mkdir(parents=True, exist_ok=True)
+    paths.config_file().write_text("[train]\nlr = 1e-3\n")
+    monkeypatch.setenv("DBCAP_TRAIN__STEPS", "7")
+    settings = resolve(
+        Given(assignments=["train.workers=2", "caption.num_beams=3"], config=str(file), section="resume")
+    )
+    assert settings.given("train") == {"keep": 5, "workers": 2}
+    assert (settings.values["train.lr"], settings.values["train.steps"]) == (1e-3, 7)
+
+
 # ---- where the files are
 
 

@@ -206,3 +206,11 @@ def test_limit_bounds_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write(tmp_path, "memory.max", str(2**20))
     monkeypatch.setattr(cpu, "_groups", lambda _: [cpu.Group(2, tmp_path)])
     assert cpu.memory_bytes() == 2**20
+
+
+def test_peak_memory_only_grows() -> None:
+    before = cpu.peak_bytes()
+    if before is None:
+        pytest.skip("this system does not tell")
+    held = bytearray(before + 50_000_000)
+    assert (cpu.peak_bytes() or 0) >= len(held)

@@ -179,3 +179,43 @@ def test_configs_may_leave_out_what_diffusers_takes_as_usual(family, tiny_diffus
     with torch.inference_mode():
         found = short.predict(latents, torch.tensor(1), [condition])
         assert torch.equal(found, whole.predict(latents, torch.tensor(1), [condition]))
+
+
+@pytest.mark.parametrize("folder", ["tiny_diffusion", "tiny_xl"])
+def test_a_batch_of_captions_is_told_as_each_one_is(family, folder, request):
+    model = family(request.getfixturevalue(folder))
+    texts = ["a dog", "a cat on a table"]
+    encoders = [model.module(name, torch.float32) for _, name, _ in model.text_parts]
+    rows = [torch.cat(one) for one in zip(*(model.token_rows(text, 1) for text in texts), strict=True)]
+    told = model.tell(encoders, rows, (SIZE, SIZE))
+    for number, text in enumerate(texts):
+        alone = model.encode(text, 1, (SIZE, SIZE))
+        torch.testing.assert_close(told.states[number], alone.states, rtol=0, atol=1e-5)
+        assert told.added.keys() == alone.added.keys()
+        for name, value in alone.added.items():
+            torch.testing.assert_close(told.added[name][number], value, rtol=0, atol=1e-5)
+
+
+def test_a_module_to_be_trained_is_a_copy_with_plain_layers(family, tiny_diffusion):
+    model = family(tiny_diffusion, "bfloat16")
+    before = (tiny_diffusion / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    unet = model.module("unet", torch.float32)
+    assert {one.dtype for one in unet.parameters()} == {torch.float32}
+    assert type(unet.conv_in) is torch.nn.Conv2d
+    with torch.no_grad():
+        for one in unet.parameters():
+            one.zero_()
+    again = model.module("unet", torch.float32)
+    assert any(one.any() for one in again.parameters())
+    assert (tiny_diffusion / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_a_picture_is_encoded_to_the_autoencoders_distribution(family, ours, tiny_diffusion):
+    picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    mean, deviation = ours.encode_distribution(picture)
+    vae = AutoencoderKL.from_pretrained(tiny_diffusion, subfolder="vae")
+    with torch.no_grad():
+        found = vae.encode(picture.permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+    torch.testing.assert_close(mean, found.mean[0] * vae.config.scaling_factor)
+    torch.testing.assert_close(deviation, found.std[0] * vae.config.scaling_factor)
+    assert torch.equal(ours.encode_picture(picture), mean)
