@@ -41,6 +41,37 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_dataset(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `dbcap prep --crop none` makes: three photos of a dog called sks, and two own photos of the class."""
+    import numpy as np
+    from PIL import Image
+
+    from dbcap.dataset import store
+    from dbcap.dataset.manifest import ClassSettings, DataSet, Photo
+    from dbcap.files import sha256_of
+
+    folder, classes = tmp_path_factory.mktemp("data") / "dog", tmp_path_factory.mktemp("class") / "dogs"
+    (folder / "train").mkdir(parents=True)
+    classes.mkdir()
+
+    def draw(path: Path, seed: int, width: int, height: int) -> str:
+        values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+        path.write_bytes(store.png_of(Image.fromarray(values)))
+        return sha256_of(path)
+
+    photos = []
+    for number, (width, height) in enumerate([(34, 32), (32, 33), (32, 32)]):
+        digest = draw(folder / "train" / f"{number}.png", number, width, height)
+        words = "a sks dog on a table" if number == 1 else "a photo of a sks dog"
+        photos.append(Photo(f"{number}.png", digest, words, "template", f"/photos/{number}.png", digest, width, height))
+    for number in range(2):
+        draw(classes / f"{number}.png", 10 + number, 32, 32)
+    settings = ClassSettings(100, ("a photo of a dog",), 1.0, 30, str(classes))
+    DataSet(folder, str(tiny_diffusion), None, 32, "none", "sks", "dog", tuple(photos), settings).write()
+    return folder
+
+
+@pytest.fixture(scope="session")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Path]:
     """Return a function that gives `tiny_diffusion` with a safety checker of this threshold: -2 flags all, 2 none."""
     from dbcap.testing.diffusion import write_diffusion  # it loads torch and diffusers

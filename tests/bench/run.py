@@ -15,10 +15,12 @@ import agreement
 import batch_sizes
 import command_line
 import diffusion
+import dreambooth
 import engine
 import generated
 import memory
 import startup
+import subjects
 
 from dbcap.models import cpu
 
@@ -30,6 +32,8 @@ BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "command-line": command_line.measure,
     "diffusion": diffusion.measure,
     "generated": generated.measure,
+    "subjects": subjects.measure,
+    "training": dreambooth.measure,
     "agreement": agreement.measure,
 }
 RESULTS = Path(__file__).parents[2] / "bench-results"

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,33 +19,9 @@ from typing import Any
 import pytest
 
 import dbcap_starter
+from dbcap.testing.processes import Processes, Result, Running, until
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "caption"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of a command."""
-
-    code: int
-    out: bytes
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        """Of stdout, as text."""
-        return self.out.decode("utf-8", "surrogateescape").splitlines()
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Of JSON lines on stdout."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def error(self) -> str:
-        """The one line that says why a command ended."""
-        (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        return line.removeprefix("error: ")
 
 
 @pytest.fixture(scope="session")
@@ -160,131 +133,21 @@ def caption(
 
 # ---- processes of their own
 
-_ZYGOTE = """
-import json, os, resource, signal, sys
-import dbcap.captioning.captioner, dbcap.captioning.run, dbcap.models.hub, dbcap.cli.caption
-from dbcap.cli.app import run
-
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if not child:
-        try:
-            os.chdir(order["folder"])
-            os.environ.clear()
-            os.environ.update(order["environment"])
-            for number, name in ((0, os.devnull), (1, order["out"]), (2, order["err"])):
-                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC if number else os.O_RDONLY, 0o666), number)
-            if order["most"]:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (order["most"], order["most"]))
-            code = run(order["words"])
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-            code = 99
-        sys.exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-class Running:
-    """A `dbcap` in a process of its own."""
-
-    def __init__(self, zygote: subprocess.Popen[str], pid: int, out: Path, err: Path) -> None:
-        self._zygote = zygote
-        self.pid = pid
-        self._out, self._err = out, err
-        self._code: int | None = None
-
-    def wait(self, seconds: float = 60) -> Result:
-        """Return what came of it; the exit code of one that a signal killed is negative."""
-        assert self._zygote.stdout
-        if self._code is None:
-            if not select.select([self._zygote.stdout], [], [], seconds)[0]:
-                self.signal(signal.SIGKILL)
-                self._zygote.stdout.readline()
-                pytest.fail(f"dbcap did not end within {seconds} seconds: {self.said('err')!r}")
-            self._code = int(self._zygote.stdout.readline())
-        return Result(self._code, self.said(), self.said("err").decode("utf-8", "surrogateescape"))
-
-    def alive(self) -> bool:
-        """Tell whether it is still running."""
-        assert self._zygote.stdout
-        return self._code is None and not select.select([self._zygote.stdout], [], [], 0)[0]
-
-    def said(self, where: str = "out") -> bytes:
-        """Return what is on its stdout (or `err`) so far."""
-        path = self._out if where == "out" else self._err
-        return path.read_bytes() if path.exists() else b""  # it may be killed before it has opened them
-
-    def signal(self, number: int) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
-
 
 @pytest.fixture(scope="session")
-def zygotes() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that have everything imported: a fork of one is a real process that starts at once."""
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        process.kill()
-        process.wait()
+def processes() -> Iterator[Processes]:
+    """Where processes come from."""
+    with Processes(
+        "dbcap.captioning.captioner", "dbcap.captioning.run", "dbcap.models.hub", "dbcap.cli.caption"
+    ) as found:
+        yield found
 
 
 @pytest.fixture
-def start(work: Path, tmp_path: Path, zygotes: list[subprocess.Popen[str]]) -> Callable[..., Running]:
+def start(work: Path, tmp_path: Path, processes: Processes) -> Iterator[Callable[..., Running]]:
     """Return a function that starts `dbcap caption WORDS` as a process. `most`: no file may have more bytes."""
-    running: list[Running] = []
-
-    def call(*words: str | os.PathLike[str], most: int = 0) -> Running:
-        busy = [one._zygote for one in running if one._code is None]
-        free = [zygote for zygote in zygotes if zygote not in busy]
-        if not free:
-            zygotes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", _ZYGOTE],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    bufsize=1,
-                )
-            )
-            free = zygotes[-1:]
-            assert free[0].stdout
-            assert free[0].stdout.readline() == "ready\n"
-        out, err = (tmp_path / f"{name}-{len(running)}" for name in ("out", "err"))
-        order = {
-            "words": ["caption", *map(os.fspath, words)],
-            "folder": str(Path.cwd()),
-            "environment": dict(os.environ),
-            "out": str(out),
-            "err": str(err),
-            "most": most,
-        }
-        assert free[0].stdin
-        assert free[0].stdout
-        free[0].stdin.write(json.dumps(order) + "\n")
-        free[0].stdin.flush()
-        running.append(Running(free[0], int(free[0].stdout.readline()), out, err))
-        return running[-1]
-
-    yield call
-    for one in running:
-        if one.alive():
-            one.signal(signal.SIGKILL)
-        one.wait()
-
-
-def until(true: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something is true."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not become true"
-        time.sleep(0.002)
+    with processes.within(tmp_path) as call:
+        yield partial(call, "caption")
 
 
 @pytest.fixture(name="until")

@@ -26,7 +26,7 @@ from dbcap.models.hub import LocalModel
 from dbcap.models.identity import Identity
 from dbcap.models.specs import parse
 from dbcap.testing.diffusion import write_diffusion
-from dbcap.training import adapters, final
+from dbcap.training import adapters, final, tensors
 
 QUICK = ["--steps", "3", "--guidance", "2", "--dtype", "float32", "--no-progress"]
 REX = Identity("sks", "dog")
@@ -258,7 +258,8 @@ def test_an_earlier_folder_is_replaced_in_the_end(tiny_diffusion, tmp_path, monk
     folder = tmp_path / "run" / "final"
     (folder / "old").mkdir(parents=True)
     seen = []
-    monkeypatch.setattr(final, "save_file", lambda *given: (seen.append(list(folder.iterdir())), save_file(*given)))
+    save = tensors.save_file
+    monkeypatch.setattr(final, "save_file", lambda *given: (seen.append(list(folder.iterdir())), save(*given)))
     write_full(local(tiny_diffusion), trained(tiny_diffusion), folder)
     assert seen == [[folder / "old"]] * 2
     assert not (folder / "old").exists()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dbcap.errors import DbcapError, ModelError
 from dbcap.files import sync_folder
@@ -29,6 +29,7 @@ from dbcap.models.layout import CONFIG, PIPELINE, read_object
 from dbcap.models.pipelines import CHECKER, IDENTITY
 from dbcap.models.single_file import TEXTS, UNET, VAE
 from dbcap.training.adapters import published
+from dbcap.training.tensors import save_file
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -152,7 +153,7 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def _save(state: State, path: Path, header: Mapping[str, str]) -> None:
     path.parent.mkdir(exist_ok=True)
-    save_file({name: one.detach().cpu().contiguous() for name, one in state.items()}, path, dict(header))
+    save_file(state, path, header)
 
 
 # ---- a pipeline

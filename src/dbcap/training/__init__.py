@@ -1,0 +1,1 @@
+"""Training DreamBooth models, exact to the bit."""

@@ -1,0 +1,69 @@
+"""Signals while a model trains: the first one asks for an end after this step, the second one ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType
+from typing import Any
+
+from dbcap.errors import SIGINT, SIGTERM, Interrupted
+
+_CODES = {signal.SIGINT: SIGINT, signal.SIGTERM: SIGTERM}
+
+
+class Signals:
+    """What was asked for since training began."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        """Of the signal that asks for an end."""
+        self.checkpoint = False
+        """Whether SIGUSR1 asked for a checkpoint."""
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note wishes for a checkpoint: before there is anything to write, they would end the process."""
+        with _given_back(self._wishes()):
+            for number in self._wishes():
+                signal.signal(number, self._wish)
+            yield
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take signals; afterwards whoever took them before does again."""
+        with _given_back((*_CODES, *self._wishes())):
+            self.listen()
+            yield
+
+    def listen(self) -> None:
+        """Take signals, from Lightning too, which takes some when a fit begins."""
+        for number in _CODES:
+            signal.signal(number, self._end)
+        for number in self._wishes():
+            signal.signal(number, self._wish)
+
+    @staticmethod
+    def _wishes() -> tuple[Any, ...]:
+        return (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # Windows has it not
+
+    def _end(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the system's signature
+        code = _CODES[signal.Signals(number)]
+        if self.exit_code is not None:
+            raise Interrupted(code)
+        self.exit_code = code
+
+    def _wish(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.checkpoint = True
+
+
+@contextlib.contextmanager
+def _given_back(numbers: Iterable[Any]) -> Iterator[None]:
+    """In the end, give signals back to whoever took them before."""
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,35 @@
+"""Files of tensors, the same to the byte for the same content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import torch as safetensors
+
+_METADATA = "__metadata__"
+
+
+def save_file(tensors: Mapping[str, torch.Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises OSError or SafetensorError where it cannot be written."""
+    ready: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, one in tensors.items():
+        ready[name] = one.detach().cpu().contiguous()
+        place = ready[name].untyped_storage().data_ptr()
+        if place in places:  # the library refuses to write memory twice
+            ready[name] = ready[name].clone()
+        places.add(place)
+    safetensors.save_file(ready, path, dict(header or {}) or None)
+    if not header or len(header) < 2:
+        return
+    with path.open("r+b") as file:  # the library writes what the header says in an order of chance
+        size = int.from_bytes(file.read(8), "little")
+        said = json.loads(file.read(size))
+        said[_METADATA] = dict(sorted(said[_METADATA].items()))
+        text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= size
+        file.seek(8)
+        file.write(text.ljust(size))
