@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,8 +103,33 @@ def training(
     """The commands, with an isolated home."""
     from dbcap.training import preflight
 
-    monkeypatch.setattr(preflight, "speed", lambda *_: 1e9)  # measuring it takes as long as all the rest
+    monkeypatch.setattr(
+        preflight, "forward_pass", lambda *_: preflight.Work(1.0, 0)
+    )  # estimating it takes as long as three steps
     return Training(tiny_dataset, capfdbinary)
+
+
+@pytest.fixture(scope="session")
+def known() -> dict[tuple[str, ...], tuple[dict[str, str], list[str]]]:
+    """What uninterrupted runs have made."""
+    return {}
+
+
+@pytest.fixture
+def straight(training: Training, known: dict[tuple[str, ...], tuple[dict[str, str], list[str]]]) -> Callable[..., Any]:
+    """Return a function that gives weights and metrics of an uninterrupted run with these words, called rex.
+
+    It is to be called before there is another of that name.
+    """
+
+    def call(*words: str) -> tuple[dict[str, str], list[str]]:
+        if words not in known:
+            run = training.train("rex", *words)
+            known[words] = weights(run), lines(run)
+            runs.remove(run)
+        return known[words]
+
+    return call
 
 
 @pytest.fixture

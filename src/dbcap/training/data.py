@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +16,8 @@ from dbcap.training import losses, randomness
 from dbcap.training.latents import Latent
 
 INSTANCE, CLASS = "instance", "class"
+_PARENT_DEATH_SIGNAL = 1
+"""Of Linux's prctl. Elsewhere workers are not forked, and hold nothing of their parent's."""
 
 
 @dataclass(frozen=True)
@@ -108,4 +113,14 @@ class Data(pl.LightningDataModule):
         """Return a loader that begins at the trainer's step."""
         start = self.trainer.global_step * self._accumulate if self.trainer else 0
         micro = Micro(self.photos, self.classes, self.drawing, start)
-        return DataLoader(micro, batch_size=None, num_workers=self._workers, persistent_workers=self._workers > 0)
+        count = self._workers
+        return DataLoader(
+            micro, batch_size=None, num_workers=count, persistent_workers=count > 0, worker_init_fn=_end_with_parent
+        )
+
+
+def _end_with_parent(_: int) -> None:
+    """Have a worker end just when its parent does: it holds the parent's open files, and with them the run's lock."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to it as well
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -19,7 +19,7 @@ from dbcap.dataset.captions import one_line
 from dbcap.dataset.class_images import ClassImage
 from dbcap.dataset.manifest import DataSet
 from dbcap.dataset.words import Words
-from dbcap.errors import UsageError
+from dbcap.errors import DbcapError, UsageError
 from dbcap.events import Events
 from dbcap.files import sha256_of
 from dbcap.generation.prompts import IDENTIFIER
@@ -56,8 +56,10 @@ def data_set(run: Run, config: TrainConfig, common: CommonConfig, events: Events
         temporary = own.with_name(f".{FOLDER}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / manifest.FOLDER).mkdir(parents=True)
-        for photo in found.photos:
-            shutil.copyfile(found.path_of(photo), temporary / manifest.FOLDER / photo.file)
+        for path in map(found.path_of, found.photos):
+            if not path.is_file():
+                raise DbcapError(f"{path} is missing", "`dbcap prep` makes it again")
+            shutil.copyfile(path, temporary / manifest.FOLDER / path.name)
         replace(found, folder=temporary).write()
         temporary.rename(own)
         return manifest.read(own)

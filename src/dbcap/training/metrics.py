@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 
 from dbcap.files import write_atomic
 
+BOARD = "tensorboard"
 COLUMNS = (
     *("step", "loss", "instance", "prior", "lr", "grad_norm", "seconds"),
     *("validation", "validation_instance", "validation_prior"),
@@ -74,7 +76,12 @@ class Board(TensorBoardLogger):
     """Lightning's logger for TensorBoard. What was logged after step `start` by a run that was killed is dropped."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        super().__init__(folder, name="", version="tensorboard", default_hp_metric=False, purge_step=start + 1)
+        # Files are read in the order of their names, which begin with the second in which they were made.
+        while f"{int(time.time()):010d}" in {
+            path.name.split(".")[3] for path in (folder / BOARD).glob("events.out.*.*")
+        }:
+            time.sleep(0.01)
+        super().__init__(folder, name="", version=BOARD, default_hp_metric=False, purge_step=start + 1)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write what is known of a step. Raises OSError where it cannot be written."""

@@ -58,8 +58,7 @@ class DreamBooth(pl.LightningModule):
         """Return the losses of a micro-batch."""
         with randomness.library_draws(self._seed, "dropout", batch.number):
             found = self.losses(batch)
-        prior = found.instance.new_zeros(()) if found.prior is None else found.prior
-        return {"loss": found.total, "instance": found.instance.detach(), "prior": prior.detach()}
+        return {"loss": found.total, "instance": found.instance.detach(), "prior": found.prior.detach()}
 
     def losses(self, batch: Batch) -> Losses:
         """Compare what the model predicts with what it should."""
@@ -68,7 +67,7 @@ class DreamBooth(pl.LightningModule):
         if what.by_prediction and count < len(noisy):
             base = self.trainee.base_prediction(noisy[count:], batch.times[count:], batch.captions[count:])
             target = torch.cat([target[:count], base])
-        weights = torch.ones(len(noisy), device=noisy.device)
+        weights = None
         if what.min_snr is not None:
             alphas = what.alphas.to(noisy.device)
             weights = losses.min_snr_weights(alphas, batch.times, what.min_snr, what.prediction_type)

@@ -13,7 +13,7 @@ from dbcap.config.training import TrainConfig
 from dbcap.errors import UsageError
 from dbcap.models.families.sd import Condition, StableDiffusion
 from dbcap.models.identity import Identity
-from dbcap.training import adapters
+from dbcap.training import adapters, kernels
 from dbcap.training.optimizer import Weights
 
 UNET, ADAPTER = "unet", "adapter"
@@ -63,6 +63,7 @@ class Trainee:
             self.unet.enable_gradient_checkpointing()
             for encoder in self.encoders.values():
                 encoder.activation_checkpointing_enable()
+        kernels.speed_up(self.unet)
         for module in self.modules.values():
             module.train()
 
