@@ -82,20 +82,15 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.float() - exact).norm() / exact.norm()).item()
 
 
-def compare(
-    ours: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], *given: torch.Tensor, limit: float = 0.01
-) -> None:
-    """Compare values and gradients in bfloat16 with exact ones."""
+def worst(ours: Callable[..., torch.Tensor], plain: Callable[..., torch.Tensor], *given: torch.Tensor) -> float:
+    """Return the largest error of a function of bfloat16 and of its gradients."""
     inputs = [one.to(BF16).requires_grad_() for one in given]
-    found = ours(*inputs)
     floats = [one.detach().float().requires_grad_() for one in inputs]
-    exact = plain(*floats)
+    found, exact = ours(*inputs), plain(*floats)
     above = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(BF16)
     back = torch.autograd.grad(found, inputs, above)
-    assert error(found, exact) < limit
-    for one, expected, to in zip(back, torch.autograd.grad(exact, floats, above.float()), inputs, strict=True):
-        assert one.dtype == to.dtype
-        assert error(one, expected) < limit
+    assert {one.dtype for one in (found, *back)} == {BF16}
+    return max(map(error, (found, *back), (exact, *torch.autograd.grad(exact, floats, above.float()))))
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -108,20 +103,17 @@ def heads(batch: int, places: int, count: int, size: int, seed: int) -> torch.Te
 
 
 @pytest.mark.parametrize("kind", ["amx", "avx512-bf16"])
-@pytest.mark.parametrize("sharp", [1, 6], ids=["flat", "sharp"])
+@pytest.mark.parametrize(("sharp", "limit"), [(1, 0.006), (6, 0.015)], ids=["flat", "sharp"])
 @pytest.mark.parametrize(
     ("places", "keys"), [(300, 300), (37, 301), (150, 7), (64, 64)], ids=["blocks", "odd", "prompt", "short"]
 )
-def test_attention_is_attention(places, keys, sharp, kind, monkeypatch):
+def test_attention_is_attention(places, keys, sharp, limit, kind, monkeypatch):
     monkeypatch.setattr(cpu, "cpu_class", lambda: kind)
     monkeypatch.setattr(attention, "KEYS", 128)
     monkeypatch.setattr(attention, "BLOCK", 50_000)
     query = heads(2, places, 3, 40, seed=1) * sharp
     key, value = (heads(2, keys, 3, 40, seed=seed) for seed in (2, 3))
-    assert attention.Attention.apply(*(one.to(BF16) for one in (query, key, value))).shape == query.shape
-    compare(
-        attention.Attention.apply, functional.scaled_dot_product_attention, query, key, value, limit=0.008 * sharp**0.5
-    )
+    assert worst(attention.Attention.apply, functional.scaled_dot_product_attention, query, key, value) < limit
 
 
 def test_scores_that_are_far_above_the_mean_are_torchs(monkeypatch):
@@ -147,17 +139,16 @@ def test_scores_that_are_far_above_the_mean_are_torchs(monkeypatch):
 )
 def test_a_convolution_is_a_convolution(sizes, sides, kernel, stride, padding, few, large):
     batch, channels, filters = sizes
+    given = drawn(batch, channels, *sides), drawn(filters, channels, *kernel, seed=1), drawn(filters, seed=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradients, "FEW", few)
         patch.setattr(gradients, "LARGE", large)
-        compare(
-            lambda *given: gradients.Convolution.apply(*given, stride, padding),
-            lambda *given: functional.conv2d(*given, stride, padding),
-            drawn(batch, channels, *sides).to(memory_format=torch.channels_last),
-            drawn(filters, channels, *kernel, seed=1).to(memory_format=torch.channels_last),
-            drawn(filters, seed=2),
+        found = worst(
+            lambda *some: gradients.Convolution.apply(*some, stride, padding),
+            lambda *some: functional.conv2d(*some, stride, padding),
+            *(one.contiguous(memory_format=torch.channels_last) if one.dim() == 4 else one for one in given),
         )
-    assert gradients.LARGE == 2**17
+    assert found < 0.01
 
 
 @pytest.mark.parametrize("activate", [False, True])
@@ -172,7 +163,7 @@ def test_normalising_is_normalising(elements, activate, monkeypatch):
     x = (drawn(3, 24, 7, 5) * 2 + 3).to(memory_format=torch.channels_last)
     parameters = drawn(24, seed=1), drawn(24, seed=2)
     assert torch.equal(gradients.Normalise.apply(x, *parameters, 4, 1e-5, activate), plain(x, *parameters))
-    compare(lambda *given: gradients.Normalise.apply(*given, 4, 1e-5, activate), plain, x, *parameters)
+    assert worst(lambda *given: gradients.Normalise.apply(*given, 4, 1e-5, activate), plain, x, *parameters) < 0.005
 
 
 @pytest.mark.parametrize("rows", [16, 1024], ids=["pieces", "whole"])
@@ -184,8 +175,7 @@ def test_a_feed_forward_layer_is_one(rows, monkeypatch):
         return functional.linear(value * functional.gelu(gate), last, bias)
 
     given = drawn(2, 30, 16), drawn(128, 16, seed=1), drawn(128, seed=2), drawn(16, 64, seed=3), drawn(16, seed=4)
-    assert gradients.FeedForward.apply(*given).shape == (2, 30, 16)
-    compare(gradients.FeedForward.apply, plain, *given)
+    assert worst(gradients.FeedForward.apply, plain, *given) < 0.008
 
 
 def test_parameters_and_their_names_stay(everywhere):

@@ -113,7 +113,7 @@ def test_how_fast_this_machine_is():
 
 
 @pytest.mark.parametrize(
-    ("minutes", "said"), [(0.1, "1 minutes"), (7.4, "7 minutes"), (89, "89 minutes"), (90, "1.5 hours")]
+    ("minutes", "said"), [(0.1, "1 minute"), (7.4, "7 minutes"), (89, "89 minutes"), (90, "1.5 hours")]
 )
 def test_times(minutes, said):
     assert preflight._about(minutes) == said

@@ -103,8 +103,9 @@ class Running:
         return path.read_bytes() if path.exists() else b""  # it may be killed before it has opened them
 
     def signal(self, number: int) -> None:
-        """Send a signal."""
-        os.kill(self.pid, number)
+        """Send a signal, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
 
 class Processes:

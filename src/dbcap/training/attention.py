@@ -46,23 +46,22 @@ class Attention(torch.autograd.Function):
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Tensors:
     """Return what attention gives, and the logarithm of each row's sum of exponentials (B, H, S), in float32.
 
-    From a row's scores the mean is taken off, not the largest. Where a score is more than 88 above it, its
-    exponential is infinite; torch's kernel does it then.
+    From a row's scores not the largest is taken off but what `_centres` expects to weigh most. Where a score is more
+    than 88 above that, its exponential is infinite; torch's kernel does it then.
     """
     (batch, heads, places, size), keys = query.shape, key.shape[2]
-    scaled = key * (size**-0.5 / LN2)
-    mean = _means(query, scaled)
-    queries, across = _columns(query, -mean).flatten(0, 1), _columns(scaled, _ones(key)).flatten(0, 1).mT
+    scale, centres = size**-0.5 / LN2, _centres(query, key)
+    queries, keyed = _columns(query, -centres).flatten(0, 1), _columns(key).flatten(0, 1)
     values = value.flatten(0, 1)
     attended, sums = query.new_empty(batch, places, heads, size), torch.empty(batch * heads, places, 1)
     rows = max(1, BLOCK // (keys * query.element_size()))
-    memory = query.new_empty(min(rows, places), keys)
+    memory = query.new_empty(1, min(rows, places), keys)
     for head, first in product(range(batch * heads), range(0, places, rows)):
         at = slice(first, first + rows)
-        scores = torch.mm(queries[head, at], across[head], out=memory[: len(range(places)[at])])
+        scores = _multiply(queries[None, head, at], keyed[None, head], scale, memory[:, : len(range(places)[at])])[0]
         total = torch.sum(torch.exp2_(scores), 1, keepdim=True, dtype=torch.float32, out=sums[head, at])
         attended[head // heads, at, head % heads] = torch.mm(scores, values[head]) / total
-    logsum = (mean + sums.log2().view(mean.shape)) * LN2
+    logsum = (centres * scale + sums.log2().view(centres.shape)) * LN2
     if not logsum.isfinite().all():
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
     return attended.transpose(1, 2), logsum
@@ -77,13 +76,14 @@ def _attend_short(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, va
     for first in range(0, batch, images):
         at = slice(first, first + images)
         # of one image these are views
-        q, k, v, g = (one[at].flatten(0, 1) for one in (query, key * size**-0.5, value, grad))
+        q, k, v, g = (one[at].flatten(0, 1) for one in (query, key, value, grad))
         p, d = memory[:, : len(q)]
-        torch.softmax(torch.bmm(q, k.mT, out=p), -1, out=p)
+        torch.softmax(_multiply(q, k, size**-0.5, p), -1, out=p)
         torch.bmm(g, v.mT, out=d)
         torch.ops.aten._softmax_backward_data(d, p, -1, d.dtype, grad_input=d)
-        for to, found in zip(grads, (d @ k, (d.mT @ q).mul_(size**-0.5), p.mT @ g), strict=True):
-            to[at] = found.unflatten(0, (-1, heads))
+        grads[0][at] = ((d @ k) * size**-0.5).unflatten(0, (-1, heads))
+        grads[1][at] = ((d.mT @ q) * size**-0.5).unflatten(0, (-1, heads))
+        grads[2][at] = (p.mT @ g).unflatten(0, (-1, heads))
     return grads
 
 
@@ -105,12 +105,12 @@ def _attend_blocks(
     some = min(keys, KEYS, max(32, BLOCK // (places * query.element_size())))
     many = min(heads, max(1, BLOCK // (places * some * query.element_size())))
     grads = tuple(_alike(one) for one in (query, key, value))
-    scaled = key * (size**-0.5 / LN2)
-    halvings = _halvings(query, scaled, logsum / LN2)
+    scale = size**-0.5 / LN2
+    halvings = _halvings(query, key, logsum / LN2, scale)
     weighed = grad * torch.exp2(-halvings)[..., None].to(grad.dtype)
     delta = torch.exp2(-halvings) * torch.linalg.vecdot(grad.float(), attended.float())
-    factors = [_columns(query, halvings - logsum / LN2), *(_columns(one, _ones(one)) for one in (scaled, value))]
-    factors.append(_columns(weighed, -delta))
+    offset = (halvings - logsum / LN2) / scale
+    factors = [_columns(query, offset), _columns(key), _columns(value), _columns(weighed, -delta)]
     upright = query.mT.contiguous(), weighed.mT.contiguous()
     memory, total = query.new_empty(2, many * places * some), torch.empty(many, places, size)
     for row, first in product(range(batch), range(0, heads, many)):
@@ -121,44 +121,59 @@ def _attend_blocks(
         for place in range(0, keys, some):
             to = slice(place, place + some)
             p, d = memory[:, : len(q) * places * k[0, to].shape[0]].unflatten(1, (len(q), places, -1))
-            torch.exp2_(torch.bmm(q, k[:, to].mT, out=p))
+            torch.exp2_(_multiply(q, k[:, to], scale, p))
             torch.bmm(g, v[:, to].mT, out=d).mul_(p)
             total[: len(q)].add_(d @ k[:, to, :size])
             torch.bmm(upright[0][at], d, out=turned[0, :, :, to])
             torch.bmm(upright[1][at], p, out=turned[1, :, :, to])
-        grads[0][at] = total[: len(q)] * LN2
+        grads[0][at] = total[: len(q)] * size**-0.5
         grads[1][at] = turned[0].mT.mul_(size**-0.5)
         grads[2][at] = turned[1].mT
     return grads
 
 
-def _halvings(query: torch.Tensor, key: torch.Tensor, logsum: torch.Tensor) -> torch.Tensor:
+def _multiply(query: torch.Tensor, key: torch.Tensor, scale: float, out: torch.Tensor) -> torch.Tensor:
+    """Write scale Q K^T for (N, S, D) and (N, T, D); a factor scaled before would be rounded once more."""
+    return torch.baddbmm(out, query, key.mT, beta=0, alpha=scale, out=out)
+
+
+def _halvings(query: torch.Tensor, key: torch.Tensor, logsum: torch.Tensor, scale: float) -> torch.Tensor:
     """Return for each row of scores a whole n (B, H, S), with which 2^(S - logsum + n) is made instead.
 
     Scores near logsum - n are rounded least, so that should be their mean as weighed by P. It lies between the plain
     mean and logsum: at 2 (logsum - log(T)) - mean where scores are normally distributed, at logsum where one rules.
     """
-    mean = _means(query, key)
+    mean = _means(query, key) * scale
     wanted = (2 * (logsum - math.log2(key.shape[2])) - mean).maximum(mean).minimum(logsum)
     return (logsum - wanted).round()
 
 
+def _centres(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return for each row of Q K^T a number near its values as weighed by softmax(Q K^T / sqrt(D)), (B, H, S).
+
+    Of T normally distributed scores with standard deviation s these lie s^2 above the mean, but no further than the
+    largest of them, near s sqrt(2 log(T)).
+    """
+    apart = key - key.mean(2, keepdim=True)
+    covariance = apart.mT @ apart / (key.shape[2] * query.shape[-1] ** 0.5)
+    squares = torch.linalg.vecdot(query @ covariance, query).float().relu()
+    furthest = (squares * (2 * math.log(key.shape[2]) * query.shape[-1] ** 0.5)).sqrt()
+    return _means(query, key) + squares.minimum(furthest)
+
+
 def _means(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each row of scores (B, H, S)."""
+    """Return the mean of each row of Q K^T, (B, H, S)."""
     return torch.matmul(query, key.mean(2, keepdim=True).mT)[..., 0].float()
 
 
-def _columns(x: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
-    """Return x (..., D) with two columns more that together are `more` (...): its upper and its lower half."""
-    wide = x.new_empty(*x.shape[:-1], x.shape[-1] + 2)
-    wide[..., :-2], wide[..., -2] = x, more
-    wide[..., -1] = more - wide[..., -2]
+def _columns(x: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x (..., D) and two columns: the upper and the lower half of `more` (...), or what takes both: ones."""
+    wide = x.new_ones(*x.shape[:-1], x.shape[-1] + 2)
+    wide[..., :-2] = x
+    if more is not None:
+        wide[..., -2] = more
+        wide[..., -1] = more - wide[..., -2]
     return wide
-
-
-def _ones(x: torch.Tensor) -> torch.Tensor:
-    """Return a one for each row of x."""
-    return x.new_ones(()).expand(x.shape[:-1])
 
 
 def _alike(x: torch.Tensor) -> torch.Tensor:

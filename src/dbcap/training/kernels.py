@@ -127,7 +127,6 @@ def speed_up(unet: nn.Module) -> None:
 
 def checkpointed(module: nn.Module, *given: Any) -> Any:
     """Run a module; what lies in it is made again in the backward pass, but for results that are dear and small."""
-
     kept = gradients.Kept()
     return checkpoint(module, *given, use_reentrant=False, context_fn=lambda: (kept, kept))
 

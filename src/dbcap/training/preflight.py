@@ -133,4 +133,5 @@ def speed(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _about(minutes: float) -> str:
-    return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{max(1, round(minutes))} minutes"
+    whole = max(1, round(minutes))
+    return f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{whole} minute{'s' * (whole != 1)}"
