@@ -81,13 +81,13 @@ class Running:
         self._out, self._err = out, err
         self.code: int | None = None
 
-    def wait(self, seconds: float = 60) -> Result:
+    def wait(self, seconds: float = 120) -> Result:
         """Return what came of it; the exit code of one that a signal killed is negative."""
         assert self.zygote.stdout
         if self.code is None:
             if not select.select([self.zygote.stdout], [], [], seconds)[0]:
                 self.signal(signal.SIGKILL)
-                self.zygote.stdout.readline()
+                self.code = int(self.zygote.stdout.readline())
                 pytest.fail(f"dbcap did not end within {seconds} seconds: {self.said('err')!r}")
             self.code = int(self.zygote.stdout.readline())
         return Result(self.code, self.said(), self.said("err").decode("utf-8", "surrogateescape"))
