@@ -24,6 +24,7 @@ for name in sys.argv[1:]:
     importlib.import_module(name)
 from dbcap.cli.app import run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 print("ready", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
