@@ -257,6 +257,7 @@ def test_a_killed_process_leaves_what_it_made(made, told, home, tiny_diffusion):
     kept = len(list(home.glob("class-images/*/*.png")))
     heard = told()
     found = made(40, heard)
-    assert heard.announced in ([(40 - kept) * 2], [(40 - kept + 1) * 2])
+    missing = ([(40 - kept) * 2], [(40 - kept + 1) * 2])  # the last file may have come without its line
+    assert heard.announced in missing or (kept == 40 and heard.announced == [])  # on a busy machine it may be done
     shutil.rmtree(found[0].path.parent)
     assert made(40) == found
