@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dbcap.config.training import TrainConfig
+from dbcap.models import cpu
 from dbcap.models.identity import Identity
 from dbcap.training import preflight, trainee
 from dbcap.training.data import Data, Drawing, Shown
@@ -18,13 +19,13 @@ from dbcap.training.latents import Latent
 SHOWN = Shown((Latent(torch.zeros(4, 8, 8), torch.ones(4, 8, 8)),), 0)
 
 
-def made(family, dtype=torch.float32, **settings):
+def made(family, dtype=torch.float32, shown=SHOWN, **settings):
     """Return what is trained, the data of a run, and its settings."""
     config = TrainConfig(data=("d",), **settings)
     text = config.train_text_encoder
     how = trainee.How(text, False, config.accumulate > 1, dtype, config.gradient_checkpointing == "on")
     found = trainee.make(family, ["a dog"], 32, how, config, Identity("sks", "dog"))
-    data = Data([SHOWN], [SHOWN], Drawing(0, config.batch_size, 1000, 0.0), accumulate=1, workers=0)
+    data = Data([shown], [shown], Drawing(0, config.batch_size, 1000, 0.0), accumulate=1, workers=0)
     return found, data, config
 
 
@@ -63,6 +64,20 @@ def test_what_the_backward_pass_needs_is_counted(work, family, tiny_diffusion):
     assert work().memory == pytest.approx(bytes_kept, rel=0.05)
     assert work(batch_size=4).memory == pytest.approx(4 * work().memory, rel=0.05)
     assert work(gradient_checkpointing="on").memory == pytest.approx(preflight.CHECKPOINTED * work().memory, rel=0.01)
+
+
+@pytest.mark.parametrize("cpu_class", ["amx", "avx512-bf16"])
+def test_it_is_counted_with_the_operators_of_every_cpu(cpu_class, family, tiny_diffusion, monkeypatch):
+    monkeypatch.setattr(cpu, "cpu_class", lambda: cpu_class)
+    large = Shown((Latent(torch.zeros(4, 32, 32), torch.ones(4, 32, 32)),), 0)
+    counted = {}
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        found, data, config = made(family(tiny_diffusion, name), dtype, large)
+        counted[dtype] = preflight.forward_pass(found, data, config.batch_size)
+    plain, ours = counted.values()
+    assert 0.6 < ours.operations / plain.operations < 1.1
+    assert ours.memory < plain.memory
 
 
 def test_estimating_touches_nothing(work, family, tiny_diffusion, tiny_xl):

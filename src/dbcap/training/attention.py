@@ -26,9 +26,9 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend: with torch's kernel where it uses AMX, and to a prompt."""
+        """Attend: with torch's kernel where it uses AMX, to a prompt, and where tensors have shapes only."""
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        torchs = key.shape[2] <= SHORT or cpu.cpu_class() == "amx"
+        torchs = key.shape[2] <= SHORT or query.is_meta or cpu.cpu_class() == "amx"
         attended, logsum = dear(lambda: (flash if torchs else _attend)(query, key, value))
         ctx.save_for_backward(query, key, value, attended, logsum)
         return attended
