@@ -68,6 +68,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make all below a folder, and that it is there, survive a power cut."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as written:
+                os.fsync(written.fileno())
+    sync_folder(folder)
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)

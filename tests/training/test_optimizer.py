@@ -49,6 +49,18 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], one), name
 
 
+@pytest.mark.parametrize("piece", [7, 2**20])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_the_norm_is_that_of_all_gradients_together(piece, dtype, monkeypatch):
+    monkeypatch.setattr(optimizer, "PIECE", piece)
+    module = model()
+    found = optimizing(module, dtype=dtype, lr=0.0)
+    give_gradients(module, 1)
+    whole = torch.cat([one.grad.double().flatten() for one in module.parameters()])
+    found.step()
+    assert found.norm == pytest.approx(float(whole.norm()), rel=1e-5)
+
+
 # ---- torch's own steps
 
 

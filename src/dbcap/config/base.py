@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from pydantic import AfterValidator
@@ -32,7 +32,21 @@ Place = Annotated[str, AfterValidator(lambda value: os.path.expanduser(_text(val
 """A file or folder; ~ is the home also where no shell has seen to it."""
 Side = Annotated[int, Ge(1), Le(8192)]
 Seed = Annotated[int, Ge(0), Le(2**64 - 1)]
-DURATION = r"^(\d{1,6}h(\d{1,6}m)?(\d{1,6}s)?|\d{1,6}m(\d{1,6}s)?|\d{1,9}s?)$"
+_DURATION = r"^(\d{1,6}h(\d{1,6}m)?(\d{1,6}s)?|\d{1,6}m(\d{1,6}s)?|\d{1,9}s?)$"
+
+
+def time_limit(help_: str, unset: str, *, group: str, changeable: bool = False) -> Any:
+    """Return the field of a `--max-time`; TIME in the help becomes examples of one."""
+    return option(
+        None,
+        help_.replace("TIME", "this time, as in 45s, 30m or 1h30m"),
+        group=group,
+        metavar="TIME",
+        pattern=_DURATION,
+        takes="a time such as 45s, 30m or 1h30m",
+        unset=unset,
+        changeable=changeable,
+    )
 
 
 class CommonConfig(Section):

@@ -10,7 +10,6 @@ from pydantic import model_validator
 from dbcap.config.base import (
     COMMON,
     COMPUTE,
-    DURATION,
     MOST,
     OF_MODEL,
     OUTPUT,
@@ -22,6 +21,7 @@ from dbcap.config.base import (
     Seed,
     Side,
     Text,
+    time_limit,
 )
 from dbcap.config.fields import Section, argument, flag_of, option
 from dbcap.config.training import PrepConfig, ResumeConfig, TrainConfig
@@ -274,15 +274,7 @@ class GenerateConfig(ComputeConfig):
     )
     lock: Place | None = option(None, "Lock this file instead of one in the folder.", group=OUTPUT, metavar="FILE")
     dry_run: bool = option(False, "Say what would be made, and make nothing.", group=OUTPUT)
-    max_time: str | None = option(
-        None,
-        "Stop between images after this time, as in 45s, 30m or 1h30m.",
-        group=OUTPUT,
-        metavar="TIME",
-        pattern=DURATION,
-        takes="a time such as 45s, 30m or 1h30m",
-        unset="until all are made",
-    )
+    max_time: str | None = time_limit("Stop between images after TIME.", "until all are made", group=OUTPUT)
     safety: bool = option(False, "Fail images that the model's safety checker flags, if it has one.", group=OUTPUT)
     on_error: Literal["skip", "stop"] = option("skip", "Go on after an image that failed, or stop.", group=OUTPUT)
 

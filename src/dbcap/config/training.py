@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from pydantic import model_validator
 
-from dbcap.config.base import COMPUTE, DURATION, MOST, OUTPUT, Count, DeviceConfig, Place, Seed, Side, Text
+from dbcap.config.base import COMPUTE, MOST, OUTPUT, Count, DeviceConfig, Place, Seed, Side, Text, time_limit
 from dbcap.config.fields import Section, argument, option
 
 PHOTOS = "Photos"
@@ -19,8 +19,20 @@ LOSS = "Loss"
 RUN = "Run"
 FULL_STEPS, EMBEDDING_STEPS = 800, 3000
 LEARNING_RATES = {"full": 2e-6, "lora": 1e-4, "embedding": 5e-4}
-TIME = "a time such as 45s, 30m or 1h30m"
 Every = Annotated[int, Ge(0)]
+_STOP, _TO_THE_END = "Write a checkpoint and stop after TIME.", "until all steps are done"
+
+
+def _name(help_: str, unset: str) -> Any:
+    return option(
+        None,
+        help_,
+        group=RUN,
+        metavar="NAME",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        takes="letters, digits, dot, dash and underscore, at most 64",
+        unset=unset,
+    )
 
 
 class PreparingConfig(DeviceConfig):
@@ -106,15 +118,7 @@ class TrainConfig(PreparingConfig):
 
     data: tuple[str, ...] = argument("DATASET", "A data set of `dbcap prep`, or photos and folders of them.")
 
-    name: str | None = option(
-        None,
-        "Name of the run.",
-        group=RUN,
-        metavar="NAME",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        takes="letters, digits, dot, dash and underscore, at most 64",
-        unset="the data set's, with a number",
-    )
+    name: str | None = _name("Name of the run.", "the data set's, with a number")
     method: Literal["full", "lora", "embedding"] = option(
         "full", "Train the whole denoiser and text encoder, a LoRA, or a new word only.", group=METHOD
     )
@@ -182,16 +186,7 @@ class TrainConfig(PreparingConfig):
     tracker: Literal["none", "wandb"] = option(
         "none", "Send the metrics there as well, beside TensorBoard's and CSV's files.", group=RUN, changeable=True
     )
-    max_time: str | None = option(
-        None,
-        "Write a checkpoint and stop after this time, as in 45s, 30m or 1h30m.",
-        group=RUN,
-        metavar="TIME",
-        pattern=DURATION,
-        takes=TIME,
-        changeable=True,
-        unset="until all steps are done",
-    )
+    max_time: str | None = time_limit(_STOP, _TO_THE_END, group=RUN, changeable=True)
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainConfig:
@@ -210,15 +205,7 @@ class ResumeConfig(Section):
         group=TRAINING,
         unset="as many as were asked for",
     )
-    max_time: str | None = option(
-        None,
-        "Write a checkpoint and stop after this time, as in 45s, 30m or 1h30m.",
-        group=RUN,
-        metavar="TIME",
-        pattern=DURATION,
-        takes=TIME,
-        unset="until all steps are done",
-    )
+    max_time: str | None = time_limit(_STOP, _TO_THE_END, group=RUN)
     allow_inexact: bool = option(
         False, "Go on where the result will not be equal to the bit: other machine, device or threads.", group=RUN
     )
@@ -231,15 +218,7 @@ class ResumeConfig(Section):
         takes="a step, best or last",
         unset="go on from the last checkpoint",
     )
-    name: str | None = option(
-        None,
-        "With --from: name of the new run.",
-        group=RUN,
-        metavar="NAME",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
-        takes="letters, digits, dot, dash and underscore, at most 64",
-        unset="none",
-    )
+    name: str | None = _name("With --from: name of the new run.", "none")
 
     @model_validator(mode="after")
     def _combinations(self) -> ResumeConfig:

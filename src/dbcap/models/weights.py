@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from dbcap.errors import ModelError
 from dbcap.events import Events
-from dbcap.files import in_units, sync_folder
+from dbcap.files import in_units, sync_folder, sync_tree
 from dbcap.models.hashing import fingerprint, is_blob
 from dbcap.models.layout import CONFIG, Files, is_index, read_config, refuse_pickle
 from dbcap.models.waiting import waiting_lock
@@ -91,7 +91,7 @@ def _convert(folder: Path, choice: Files, target: Path, events: Events) -> None:
         for files in choice.sets:
             for name in files if files not in choice.pickled else ():
                 _link_or_copy(folder / name, temporary / name)
-        _sync(temporary)
+        sync_tree(temporary)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,16 +121,6 @@ def _link_or_copy(file: Path, copy: Path) -> None:
             os.link(real, copy)
             return
     shutil.copyfile(real, copy)
-
-
-def _sync(folder: Path) -> None:
-    """Make all below a folder survive a power cut."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
 
 
 def _read(file: Path) -> State:

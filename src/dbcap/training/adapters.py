@@ -1,6 +1,6 @@
 """What is trained beside frozen weights: LoRA (arXiv:2106.09685) by peft, and a new word (arXiv:2208.01618).
 
-Both are float32 whatever the frozen weights are, and `lora_state` and `NewWord.state` name their tensors as files do.
+Both are float32 whatever the frozen weights are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dbcap.errors import DbcapError, UsageError
+from dbcap.errors import UsageError
 from dbcap.training import randomness
 
 _ATTENTION = (
@@ -73,22 +73,6 @@ def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def lora_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Return the tensors of a file, of parts by their names: `unet.....to_q.lora_A.weight`."""
-    return {f"{part}.{name}": one.detach() for part, one_part in modules.items() for name, one in _named(one_part)}
-
-
-@torch.no_grad()
-def load_lora_state(modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Take over what `lora_state` gave. Raises DbcapError, naming a tensor, for that of another model."""
-    found = {f"{part}.{name}": one for part, one_part in modules.items() for name, one in _named(one_part)}
-    odd = sorted(name for name in found.keys() | state.keys() if _shape(found, name) != _shape(state, name))
-    if odd:
-        raise DbcapError(f"the LoRA does not belong to this model: {odd[0]}", "choose another checkpoint")
-    for name, one in found.items():
-        one.copy_(state[name])
-
-
 def lora_header(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the header of a file: what makes readers use alpha / rank."""
     said: dict[str, Any] = {}
@@ -124,14 +108,6 @@ def _halves(layer: Any) -> tuple[Any, Any]:
     return layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
 
 
-def _named(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    return lora_parameters(module).items()
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
-
-
 # ---- a new word
 
 
@@ -149,15 +125,6 @@ class NewWord(nn.Module):
         new = ids == self.token  # it may lie behind the table's end
         rows: Tensor = self.table(ids.masked_fill(new, 0))
         return torch.where(new[..., None], self.vector.to(rows.dtype), rows)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensor of a file: (1, C), under the word."""
-        return {self.word: self.vector.detach()}
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state` gave."""
-        self.vector.copy_(state[self.word])
 
 
 def add_word(text_encoder: Any, tokenizer: Any, word: str, class_word: str) -> NewWord:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from dbcap.errors import DbcapError, ModelError
-from dbcap.files import sync_folder
+from dbcap.files import sync_folder, sync_tree
 from dbcap.models import pipelines
 from dbcap.models.families.description import Description
 from dbcap.models.families.original import from_original
@@ -114,7 +113,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         _tidy(folder, new, old)
         new.mkdir(parents=True)
         yield new
-        _sync(new)
+        sync_tree(new)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
@@ -134,17 +133,6 @@ def _tidy(folder: Path, new: Path, old: Path) -> None:
         old.rename(folder)
     for one in (new, old):
         shutil.rmtree(one, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make all below a folder survive a power cut."""
-    for path in folder.rglob("*"):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as written:
-                os.fsync(written.fileno())
-    sync_folder(folder)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

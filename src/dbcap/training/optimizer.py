@@ -18,6 +18,8 @@ from dbcap.errors import DbcapError
 
 CHUNK = 32 * 2**20
 """Parameters that one inner optimizer holds at most, beyond its first: float32 gradients exist for one at a time."""
+PIECE = 2**20
+"""Elements of a gradient that become float32 at once where its length is taken."""
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -49,7 +51,7 @@ class Weights:
         def add(working: torch.Tensor) -> None:
             assert working.grad is not None
             if master.grad is None:
-                master.grad = _like(working.grad, master)
+                master.grad = torch.empty_like(master).copy_(working.grad)
             else:
                 master.grad += working.grad
             working.grad = None
@@ -122,11 +124,14 @@ class MasterOptimizer(torch.optim.Optimizer):
             raise DivergedError("the gradient is not finite")
         self.lr_used = self.param_groups[0]["lr"]
         scale = min(1.0, self._clip / (self.norm + 1e-6)) if self._clip else 1.0
+        room = self._room()
         for names, inner in zip(self._chunks, self._inner, strict=True):
-            for name in gradients.keys() & set(names):
+            used = 0
+            for name in [name for name in names if name in gradients]:
                 master, gradient = self.weights.masters[name], gradients.pop(name)
                 self.weights.working[name].grad = None
-                master.grad = _like(gradient, master)
+                master.grad = _like(gradient, room[used:], master)
+                used += master.numel()
                 if scale < 1:
                     master.grad *= scale
             for group in inner.param_groups:
@@ -135,6 +140,12 @@ class MasterOptimizer(torch.optim.Optimizer):
             self.weights.publish(names)
             self.weights.forget_gradients(names)
         return loss
+
+    def _room(self) -> torch.Tensor:
+        """Return memory for the gradients of a chunk: asking for it anew takes longer than writing to it."""
+        masters = self.weights.masters
+        most = max(sum(masters[name].numel() for name in names) for names in self._chunks)
+        return torch.empty(most, device=next(iter(masters.values())).device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the inner optimizers remember, by the names of weights."""
@@ -152,11 +163,14 @@ class MasterOptimizer(torch.optim.Optimizer):
                 inner.state[master] = {key: _placed(value, master) for key, value in state_dict["state"][name].items()}
 
 
-def _like(value: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
-    """Return a gradient in the number format and memory layout of its weight, by which fused kernels walk."""
+def _like(value: torch.Tensor, room: torch.Tensor, master: torch.Tensor) -> torch.Tensor:
+    """Return a gradient in the number format and memory layout of its weight, by which fused kernels walk.
+
+    It is written to `room` if it has others.
+    """
     if value.dtype == master.dtype and value.stride() == master.stride():
         return value
-    return torch.empty_like(master).copy_(value)
+    return room[: master.numel()].as_strided(master.shape, master.stride()).copy_(value)
 
 
 def _placed(value: Any, master: torch.Tensor) -> Any:
@@ -170,8 +184,17 @@ def _placed(value: Any, master: torch.Tensor) -> Any:
 
 def _norm(gradients: Iterable[torch.Tensor]) -> float:
     """Return the Euclidean length of all together, summed in float32."""
-    lengths = [torch.linalg.vector_norm(one, dtype=torch.float32) for one in gradients]
+    lengths = [_length(one) for one in gradients]
     return float(torch.linalg.vector_norm(torch.stack(lengths))) if lengths else 0.0
+
+
+def _length(gradient: torch.Tensor) -> torch.Tensor:
+    if gradient.dtype == torch.float32 or gradient.device.type != "cpu":
+        return torch.linalg.vector_norm(gradient, dtype=torch.float32)
+    # In another format torch's function is eight times slower on a CPU than this. Any order of dimensions will do.
+    flat = gradient.permute(sorted(range(gradient.dim()), key=lambda side: -gradient.stride()[side])).reshape(-1)
+    piece = torch.empty(min(PIECE, len(flat)))
+    return torch.stack([torch.linalg.vector_norm(piece[: len(one)].copy_(one)) for one in flat.split(PIECE)]).norm()
 
 
 def _chunks(masters: Mapping[str, torch.Tensor]) -> list[list[str]]:

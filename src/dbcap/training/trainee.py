@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Trainee:
         self.encoders: dict[str, Any] = {name: family.module(name, dtype) for _, name, _ in family.text_parts}
         self._rows = [family.token_rows(caption, 1) for caption in captions]
         self._cached: Condition | None = None
+        self._base: Condition | None = None
         self.weights: Weights
         self.headers: dict[str, dict[str, str]] = {}
         """Of files of weights, by their part."""
@@ -93,9 +95,16 @@ class Trainee:
         """Return the denoiser's prediction (R, C, h, w) float32."""
         return self.family.denoise(self.unet, noisy, times, told)
 
+    @torch.no_grad()
     def base_prediction(self, noisy: torch.Tensor, times: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-        """Return what the model predicted before it was trained (R, C, h, w) float32."""
-        raise NotImplementedError
+        """Return what the model predicted before it was trained (R, C, h, w) float32; `How.keeps_base` says so."""
+        assert self._base is not None
+        with self.untrained() as unet:
+            return self.family.denoise(unet, noisy, times, _rows_of(self._base, captions))
+
+    def untrained(self) -> contextlib.AbstractContextManager[Any]:
+        """Give the denoiser as it was before."""
+        return contextlib.nullcontext(self.unet)
 
 
 class Full(Trainee):
@@ -110,11 +119,9 @@ class Full(Trainee):
         if how.keeps_base:
             _ = family.unet  # a copy that stays as it is, and is made fast for that
 
-    def base_prediction(self, noisy: torch.Tensor, times: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-        """Ask the copy that is not trained."""
-        assert self._base is not None
-        with torch.no_grad():
-            return self.family.denoise(self.family.unet, noisy, times, _rows_of(self._base, captions))
+    def untrained(self) -> contextlib.AbstractContextManager[Any]:
+        """Give the copy that is not trained."""
+        return contextlib.nullcontext(self.family.unet)
 
 
 class Lora(Trainee):
@@ -136,11 +143,11 @@ class Lora(Trainee):
         }
         self.begin(working, how, torch.float32)
 
-    def base_prediction(self, noisy: torch.Tensor, times: torch.Tensor, captions: torch.Tensor) -> torch.Tensor:
-        """Ask the denoiser without its LoRA."""
-        assert self._base is not None
-        with torch.no_grad(), adapters.switched_off([self.unet]):
-            return self.predict(noisy, times, _rows_of(self._base, captions))
+    @contextlib.contextmanager
+    def untrained(self) -> Iterator[Any]:
+        """Give the denoiser without its LoRA."""
+        with adapters.switched_off([self.unet]):
+            yield self.unet
 
 
 class NewWord(Trainee):
