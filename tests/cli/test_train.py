@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -68,3 +69,14 @@ def test_wrong_usage_is_one_line(words, message, cli, project, tiny_dataset):
     result = cli("train", *(word.format(**places) for word in words))
     assert (result.code, result.error.startswith(message.format(**places))) == (2, True), result.err
     assert runs.every() == []
+
+
+def test_a_photo_that_cannot_be_read_is_left_out_and_told(cli, tiny_dataset, tiny_diffusion, tmp_path):
+    photos = shutil.copytree(tiny_dataset / "train", tmp_path / "photos")
+    (photos / "broken.png").write_bytes(b"\x89PNG\r\n")
+    words = ["--model", str(tiny_diffusion), "--class-word", "dog", "--identifier", "sks", "--prior", "none"]
+    first = cli("train", str(photos), "--name", "rex", *QUICK, *words, "--max-time", "0s")
+    assert first.code == 5
+    done = cli("resume", "rex")
+    assert (done.code, "rex is trained, without 1 photo that failed" in done.err) == (3, True), done.err
+    assert cli("resume", "rex").code == 0

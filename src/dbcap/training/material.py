@@ -63,7 +63,9 @@ def data_set(run: Run, config: TrainConfig, common: CommonConfig, events: Events
         replace(found, folder=temporary).write()
         temporary.rename(own)
         return manifest.read(own)
-    return prepare.prepare(config, config.data, own, common, events).dataset
+    report = prepare.prepare(config, config.data, own, common, events)
+    run.update(failed_photos=report.failed)
+    return report.dataset
 
 
 def _as_edited(data: DataSet, events: Events) -> DataSet:

@@ -17,7 +17,7 @@ from dbcap import runs
 from dbcap.config.fields import cli_of, flag_of
 from dbcap.config.models import CommonConfig
 from dbcap.config.training import ResumeConfig, TrainConfig
-from dbcap.errors import OK, OUT_OF_TIME, SIGINT, DbcapError, Interrupted, UsageError
+from dbcap.errors import OK, OUT_OF_TIME, PARTIAL, SIGINT, DbcapError, Interrupted, UsageError
 from dbcap.events import Events
 from dbcap.files import write_stdout
 from dbcap.generation.jobs import slug
@@ -38,12 +38,16 @@ class TrainReport:
     run: Run
     step: int
     steps: int
+    failed: int = 0
+    """Photos that could not be prepared."""
     note: str = ""
 
     @property
     def exit_code(self) -> int:
-        """0; 5 when time ran out."""
-        return OK if self.step >= self.steps else OUT_OF_TIME
+        """0; 3 when photos failed; 5 when time ran out."""
+        if self.step < self.steps:
+            return OUT_OF_TIME
+        return PARTIAL if self.failed else OK
 
     @property
     def summary(self) -> str:
@@ -52,7 +56,8 @@ class TrainReport:
             return self.note
         if self.step < self.steps:
             return f"step {self.step} of {self.steps}: --max-time is over; `dbcap resume {self.run.name}` goes on"
-        return f"{self.run.name} is trained; `dbcap generate PROMPT --model run:{self.run.name}` uses it"
+        without = f", without {self.failed} photo{'s' * (self.failed != 1)} that failed" if self.failed else ""
+        return f"{self.run.name} is trained{without}; `dbcap generate PROMPT --model run:{self.run.name}` uses it"
 
 
 # ---- a new run
@@ -81,6 +86,7 @@ def train(config: TrainConfig, common: CommonConfig, events: Events) -> TrainRep
                 "config": config.model_dump(mode="json"),
                 "base": None,
                 "data": None,
+                "failed_photos": 0,
                 "host": None,
                 "best": None,
                 "message": "",
@@ -147,7 +153,7 @@ def resume(config: ResumeConfig, changes: Mapping[str, Any], common: CommonConfi
         before = _settings(run, said)
         settings = _changed(before, config, changes)
         if said["status"] == FINISHED and settings.steps == before.steps:
-            return TrainReport(run, said["step"], said["step"], f"{run.name} is finished: nothing is left to do")
+            return TrainReport(run, said["step"], said["step"], note=f"{run.name} is finished: nothing is left to do")
         start = _newest_sound(run, events)
         run.update(status=RUNNING, steps=settings.steps, config=settings.model_dump(mode="json"), changed=runs.now())
         try:
@@ -286,10 +292,10 @@ def _work(
 
     deadline = started + seconds_of(config.max_time) if config.max_time else None
     session = Session(run, config, common, events, deadline=deadline, allow_inexact=allow_inexact)
-    status, message = FAILED, ""
+    status, message, failed = FAILED, "", 0
     try:
         session.go(start)
-        status = FINISHED
+        failed, status = run.read().get("failed_photos", 0), FINISHED
     except StoppedError as error:
         status = TIME_OVER if error.exit_code is None else INTERRUPTED
         if error.exit_code is not None:
@@ -309,7 +315,7 @@ def _work(
             run.update(status=status, step=step, message=message, changed=runs.now(), timings=timings)
     if status == FINISHED:
         write_stdout(f"{run.final}\n".encode("utf-8", "surrogateescape"))
-    return TrainReport(run, step, config.steps or 0)
+    return TrainReport(run, step, config.steps or 0, failed)
 
 
 def _state(run: Run, config: TrainConfig) -> str:
