@@ -74,7 +74,7 @@ def process(project) -> Callable[..., Result]:
             input=input.encode(),
             capture_output=True,
             env={**os.environ, **(env or {})},
-            timeout=60,
+            timeout=300,
         )
         return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
@@ -91,7 +91,7 @@ def bash(project, tmp_path, monkeypatch) -> Callable[..., Result]:
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     def call(script: str) -> Result:
-        done = subprocess.run(["bash", "-c", textwrap.dedent(script)], capture_output=True, timeout=60)
+        done = subprocess.run(["bash", "-c", textwrap.dedent(script)], capture_output=True, timeout=300)
         return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
     return call

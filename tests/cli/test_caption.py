@@ -39,7 +39,7 @@ def test_a_fresh_process_says_nothing_but_the_caption_in_any_locale(photos):
     shutil.copyfile("a.png", name)
     words = [sys.executable, "-m", "dbcap", "caption", name, "--profile", "starter", "--format", "tsv"]
     environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(words, capture_output=True, env=environment, timeout=60, stdin=subprocess.DEVNULL)
+    done = subprocess.run(words, capture_output=True, env=environment, timeout=300, stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == os.fsencode(name) + b"\t" + CAKE.encode() + b"\n"
 
