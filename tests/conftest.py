@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -128,13 +129,16 @@ def write_checkpoint() -> Callable[..., Path]:
     """Return a function that gives a run a checkpoint with these files: path in it -> tensors."""
     from safetensors.torch import save_file
 
+    from dbcap.files import sha256_of
+
     def call(run: Any, step: int, files: dict[str, dict[str, Any]] | None = None, best: bool = False) -> Path:
         folder = run.checkpoints / f"{step:06d}"
         for name, tensors in (files or {}).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / name)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "state.json").write_text("{}")
+        hashes = {str(path.relative_to(folder)): sha256_of(path) for path in folder.rglob("*.safetensors")}
+        (folder / "state.json").write_text(json.dumps({"files": hashes} if hashes else {}))
         if best:
             (run.checkpoints / "best").symlink_to(folder.name)
         return folder

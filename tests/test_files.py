@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from dbcap import files
 from dbcap.errors import LockHeldError
 from dbcap.files import Lock, in_units, open_atomic, write_atomic
 
@@ -66,6 +69,39 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
         holder.wait()
     with Lock(path):
         assert path.exists()
+
+
+def test_who_looks_at_a_lock_is_in_nobodys_way(tmp_path: Path) -> None:
+    path = tmp_path / ".lock"
+    assert not files.is_locked(path)
+    with Lock(path):
+        assert files.is_locked(path)
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            files.is_locked(path)
+            time.sleep(0.001)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(100):
+            with Lock(path):
+                assert files.is_locked(path)
+    finally:
+        stop.set()
+        looking.join()
+    assert not files.is_locked(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **_: (full, str(tmp_path / "temporary")))
+    with pytest.raises(OSError, match="No space left on device") as failure:
+        write_atomic(tmp_path / "one.json", b"text")
+    assert failure.value.filename == str(tmp_path / "one.json")
 
 
 def test_a_lock_that_removes_its_file_locks_out_who_opened_it_before(tmp_path: Path) -> None:

@@ -142,5 +142,5 @@ def test_a_damaged_manifest_is_named(write_run, text):
     (run.folder / runs.MANIFEST).write_text(text)
     said = refused(run.read)
     assert said.startswith(f"{run.folder / runs.MANIFEST} is damaged: ")
-    assert said.endswith("; `dbcap runs rm dog-1` removes the run")
+    assert said.endswith("else `dbcap runs rm dog-1` removes the run, with its checkpoints")
     assert runs.remove(runs.find("dog-1")) == len(text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -18,6 +20,10 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a file that finds no room."""
+_TRIES, _PAUSE = 5, 0.01
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -43,9 +49,11 @@ def open_atomic(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.chmod(temporary, mode)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+            error.filename = os.fspath(path)  # writing says that there is no room, but not where
         raise
     sync_folder(target.parent)
 
@@ -112,9 +120,9 @@ class Lock:
     when the lock is released; a process that is killed leaves it behind, which does no harm.
     """
 
-    def __init__(self, path: Path, *, remove: bool = False) -> None:
+    def __init__(self, path: Path, *, remove: bool = False, hint: str = "") -> None:
         self.path = path
-        self._remove = remove
+        self._remove, self._hint = remove, hint or "wait for it to end, or choose another output"
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Lock:
@@ -132,17 +140,18 @@ class Lock:
             file = self.path.open("ab")
         except OSError as error:
             raise UsageError(f"cannot open the lock file {self.path}: {error.strerror}") from error
-        try:
-            if sys.platform == "win32":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        for _ in range(_TRIES):  # somebody may have it for the moment in which he looks whether it is held
+            try:
+                if sys.platform == "win32":
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                time.sleep(_PAUSE)
             else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise LockHeldError(
-                f"another dbcap is at work here: it holds {self.path}", "wait for it to end, or choose another output"
-            ) from None
-        return file
+                return file
+        file.close()
+        raise LockHeldError(f"another dbcap is at work here: it holds {self.path}", self._hint)
 
     def __exit__(self, *exc: object) -> None:
         if self._file:
@@ -150,6 +159,24 @@ class Lock:
                 self.path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether somebody holds the lock on the file `path`; several may look at once."""
+    if not path.exists():
+        return False
+    if sys.platform == "win32":
+        try:
+            with Lock(path):
+                return False
+        except LockHeldError:
+            return True
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def lock_beside(path: Path) -> Lock:

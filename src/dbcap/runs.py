@@ -13,7 +13,7 @@ from typing import Any
 
 from dbcap.config.paths import data_dir
 from dbcap.errors import DbcapError, LockHeldError, UsageError, did_you_mean
-from dbcap.files import Lock, folder_size, write_atomic
+from dbcap.files import Lock, folder_size, is_locked, write_atomic
 
 MANIFEST = "run.json"
 STATE = "state.json"
@@ -59,7 +59,7 @@ class Run:
 
     def lock(self) -> Lock:
         """Return its lock, which whoever trains it holds."""
-        return Lock(self.folder / LOCK)
+        return Lock(self.folder / LOCK, hint="wait for it to end")
 
     def read(self) -> dict[str, Any]:
         """Return the manifest. Raises DbcapError where it is damaged."""
@@ -69,7 +69,8 @@ class Run:
             if not isinstance(said, dict) or not isinstance(said["status"], str) or not isinstance(said["step"], int):
                 raise ValueError("it lacks status and step")
         except (OSError, ValueError, LookupError) as error:
-            raise DbcapError(f"{path} is damaged: {error}", f"`dbcap runs rm {self.name}` removes the run") from error
+            hint = f"put it back from a copy; else `dbcap runs rm {self.name}` removes the run, with its checkpoints"
+            raise DbcapError(f"{path} is damaged: {error}", hint) from error
         return said
 
     def write(self, manifest: Mapping[str, Any]) -> None:
@@ -124,13 +125,7 @@ class Run:
 
     def is_locked(self) -> bool:
         """Return whether somebody trains it now."""
-        if not (self.folder / LOCK).exists():
-            return False
-        try:
-            with self.lock():
-                return False
-        except LockHeldError:
-            return True
+        return is_locked(self.folder / LOCK)
 
 
 def now() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class Recorder:
         (UsageError("what"), 2, ["what"]),
         (ConfigError("what"), 2, ["what"]),
         (LockHeldError("what"), 4, ["what"]),
+        (OSError(errno.ENOSPC, "No space left", "run.json"), 1, ["run.json: No space left; make room there"]),
         (typer.Exit(), 0, []),
         (typer.Exit(3), 3, []),
         (SystemExit(), 0, []),
@@ -52,7 +54,7 @@ class Recorder:
         (Interrupted(errors.SIGINT), 130, ["interrupted"]),
         (Interrupted(errors.SIGTERM), 143, ["terminated"]),
         (FileNotFoundError(2, "No such file or directory", "x"), 1, ["x: No such file or directory"]),
-        (OSError(28, "No space left on device"), 1, ["No space left on device"]),
+        (OSError(28, "No space left on device"), 1, ["No space left on device; make room there"]),
         (
             ValueError("odd"),
             1,

@@ -252,6 +252,17 @@ def test_a_lora_on_a_lora_and_what_is_trained_whole_on_one(write_run, write_chec
         find("run:third@last", heard)
 
 
+def test_a_damaged_checkpoint_is_refused_by_name(write_run, write_checkpoint, tiny_diffusion, base, heard):
+    run = write_run("rex", model=str(tiny_diffusion), revision=revision(tiny_diffusion, heard), status="interrupted")
+    file = write_checkpoint(run, 100, {"weights/unet.safetensors": base["unet"]}) / "weights" / "unet.safetensors"
+    assert find("run:rex@100", heard).trained
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=f"{file} is not what was written; `dbcap runs show rex` lists other checkp"):
+        find("run:rex@100", heard)
+
+
 # ---- the model before
 
 

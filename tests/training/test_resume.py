@@ -186,8 +186,17 @@ def test_a_finished_run_is_left_alone(training, rex):
     training.train("rex", "--steps", "1")
     before = manifest_of(rex)
     result = training.resume("rex")
-    assert (result.out, result.err) == (b"", "rex is finished: nothing is left to do\n")
+    assert (result.lines, result.err) == ([str(rex.final)], "rex is finished: nothing is left to do\n")
     assert manifest_of(rex) == before
+
+
+def test_one_that_failed_waits_for_all_others(training, interrupted):
+    interrupted(1, *training.words("first", "--steps", "2"))
+    interrupted(1, *training.words("second", "--steps", "2"))
+    Run(runs.folder() / "second").update(status="failed")
+    assert [training.resume().lines for _ in range(2)] == [
+        [str(runs.folder() / name / "final")] for name in ("first", "second")
+    ]
 
 
 def test_an_unknown_run(training, rex):
@@ -310,7 +319,8 @@ def test_photos_that_have_changed(training, stopped):
 
     def refused(what):
         message = training.refused("resume")
-        assert message == f"the {what} of the run rex have changed since it began; put them back, or begin a new run"
+        hint = f"put them back in {data}, or begin a new run"
+        assert message == f"the {what} of the run rex have changed since it began; {hint}"
         shutil.rmtree(data)
         shutil.copytree(run.folder / "kept", data)
 
@@ -352,6 +362,8 @@ def test_a_model_that_has_changed(training, tiny_diffusion, interrupted, tmp_pat
     scheduler.write_text(scheduler.read_text().replace("0.012", "0.013"))
     message = training.refused("resume")
     assert message == f"{model} is not what the run rex began with; put it back, or begin a new run"
+    model.rename(tmp_path / "moved")
+    assert training.refused("resume") == f"the run rex began with {model}, which is not there any more; put it back"
 
 
 def test_a_model_of_the_hub_that_moved_on_is_taken_as_it_was(training, tiny_diffusion, interrupted, rex, hub):
@@ -469,6 +481,7 @@ def test_a_branch_of_a_damaged_checkpoint_or_on_another_machine(training, stoppe
     damage(run.steps()[3] / "optimizer.safetensors")
     message = training.refused("resume", "rex", "--from", "3", "--name", "new", code=1)
     assert message.startswith(f"the checkpoint {run.checkpoints / '000003'} is damaged: ")
+    assert message.endswith("; choose --from 2")
     choose = device.choose
     monkeypatch.setattr(device, "choose", lambda **how: replace(choose(**how), cpu_class="other"))
     message = training.refused("resume", "rex", "--from", "2", "--name", "new")

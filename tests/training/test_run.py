@@ -144,6 +144,35 @@ def test_raw_photos_are_prepared_inside_the_run(training, tiny_dataset, tiny_dif
     assert run.read()["class"] == "dog"
 
 
+def test_a_data_set_beside_photos(training, tiny_dataset):
+    words = training.words("rex", str(tiny_dataset / "train"))
+    assert (
+        training.refused(*words)
+        == f"{tiny_dataset} is a data set, and more is named beside it; name it alone, or photos"
+    )
+
+
+def test_a_photo_that_was_damaged_in_the_data_set_is_named(training, tiny_dataset, tmp_path):
+    data = shutil.copytree(tiny_dataset, tmp_path / "dog")
+    photo = data / "train" / "1.png"
+    photo.write_bytes(photo.read_bytes()[:60])
+    message = training.refused(*training.words("rex", data=data), code=1)
+    assert message.startswith(f"{photo} cannot be read: ")
+    assert message.endswith("; `dbcap prep` makes it again")
+    shutil.copyfile(tiny_dataset / "train" / "1.png", photo)
+    assert training.train("rex", "--steps", "1", data=data).final.is_dir()
+
+
+def test_class_images_take_no_longer_than_there_is_time(training, tiny_dataset, tmp_path):
+    data = shutil.copytree(tiny_dataset, tmp_path / "dog")
+    replace(manifest.read(data), classes=ClassSettings(5000, ("a dog",), 1.0, 50)).write()
+    result = training(*training.words("rex", "--max-time", "1s", data=data))
+    assert (result.code, result.out) == (5, b""), result.err
+    assert result.err.endswith("step 0 of 6: --max-time is over; `dbcap resume rex` goes on\n")
+    assert Run(runs.folder() / "rex").read()["status"] == "out of time"
+    assert 0 < len(list((data_dir() / "class-images").glob("*/*.png"))) < 5000
+
+
 def test_a_name_is_found_where_none_is_given(training, tiny_dataset):
     words = training.words("x", "--steps", "1")
     assert training(*words[:2], *words[4:]).code == 0
@@ -236,6 +265,18 @@ def test_what_a_command_left_that_was_killed_as_it_began_is_in_nobodys_way(train
     assert (other / "notes.txt").read_text() == "mine"
 
 
+def test_one_that_failed_before_its_first_checkpoint_is_in_nobodys_way(training, monkeypatch, weights):
+    with monkeypatch.context() as context:
+        explode(context, 1, factor=1e3)
+        message = training.refused(*training.words("rex"), code=1)
+    assert message.endswith("; there is no checkpoint yet; begin again with a smaller --lr")
+    left = runs.folder() / "rex" / "samples"
+    left.mkdir(exist_ok=True)
+    again, other = training.train("rex"), training.train("other")
+    assert not left.exists()
+    assert weights(again) == weights(other)
+
+
 def test_a_run_that_another_command_trains(training, monkeypatch):
     run = Run(runs.folder() / "rex")
     with run.lock():
@@ -254,7 +295,7 @@ def test_a_loss_that_explodes_is_told_and_the_last_good_checkpoint_kept(training
         message = training.refused(*words, code=1)
     run = Run(runs.folder() / "rex")
     assert message.startswith("step 5: the loss is ")
-    assert message.endswith("; the checkpoint of step 4 is kept; begin again with a smaller --lr")
+    assert message.endswith("; the checkpoint of step 4 is kept; begin again with a smaller --lr and another --name")
     assert list(run.steps()) == [2, 4]
     assert (run.read()["status"], run.read()["step"]) == ("failed", 4)
     assert run.read()["message"] == message
@@ -284,6 +325,7 @@ def test_a_loss_that_is_no_number_changes_nothing_and_names_the_step(words, trai
     run = Run(runs.folder() / "rex")
     assert message == (
         "step 3: the gradient is not finite; the checkpoint of step 2 is kept; begin again with a smaller --lr"
+        " and another --name"
     )
     assert list(run.steps()) == [1, 2]
     assert (run.read()["status"], run.read()["step"]) == ("failed", 2)

@@ -87,11 +87,15 @@ def test_it_rises_and_then_never_rises_again(schedule, steps, data):
         ({"class_dir": "/dogs"}, "without --class-dir, and --class-dir /dogs"),
         ({"caption": True}, "without --caption, and --caption"),
         ({"drop_duplicates": True}, "without --drop-duplicates, and --drop-duplicates"),
+        (
+            {"class_prompts": ("a {class} runs", "a dog")},
+            "with --class-prompts a photo of a dog, and --class-prompts a dog runs, a dog",
+        ),
     ],
 )
 def test_options_that_say_something_else_are_refused(settings, message):
     with pytest.raises(UsageError) as failure:
-        settled.check_data(config(**settings), DATA)
+        settled.of_data(config(**settings), DATA, settings)
     assert str(failure.value) == f"/data was prepared {message} is asked for; run `dbcap prep` again with it"
 
 
@@ -105,4 +109,15 @@ def test_options_that_say_something_else_are_refused(settings, message):
     ],
 )
 def test_options_that_say_the_same_or_nothing(settings, data):
-    assert settled.check_data(config(**settings), data) is None
+    found = settled.of_data(config(**settings), data, settings)
+    assert (found.size, found.crop, found.identifier, found.class_word) == (64, "center", "sks", data.class_word)
+
+
+def test_what_nobody_asked_for_gives_way_to_the_data_set():
+    found = settled.of_data(config(size=32, class_images=110, class_prompts=("a cat",), caption=True), DATA, ())
+    assert (found.size, found.class_images, found.class_prompts, found.caption) == (
+        64,
+        100,
+        ("a photo of a dog",),
+        True,
+    )

@@ -18,6 +18,7 @@ from dbcap.config.fields import Section
 from dbcap.config.models import COMMON, SECTIONS, CommonConfig
 from dbcap.config.resolve import Given, Settings, resolve
 from dbcap.errors import ConfigError
+from dbcap.files import working_folder
 from dbcap.plugins import loader
 
 C = TypeVar("C", bound=Section)
@@ -50,6 +51,7 @@ def command(model: type[C], *, given: str = "") -> Callable[[Callable[..., HasOu
 
     def decorate(function: Callable[..., HasOutcome]) -> Callable[..., None]:
         def start(session: Session, **own: Any) -> None:
+            working_folder()
             more = {"given": session.settings.given(given)} if given else {}
             report = function(session.settings.section(model, **own), session.common, session.events, **more)
             if report.summary:

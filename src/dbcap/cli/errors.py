@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dbcap.errors import FAILED, OK, SIGINT, SIGTERM, USAGE, DbcapError, Interrupted, did_you_mean
+from dbcap.files import NO_ROOM
 
 if TYPE_CHECKING:
     from dbcap.cli.output import Terminal
@@ -48,7 +49,8 @@ def _line(error: Exception) -> str:
     if isinstance(error, typer.Abort):
         return "aborted"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return f"{what}; make room there" if error.errno in NO_ROOM else what
     if not is_fault(error):
         return str(error)
     return f"{name_of(error)}; this is a fault in dbcap, and DBCAP_DEBUG=1 shows where it happened"

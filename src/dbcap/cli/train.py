@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from dbcap.cli.command import command
 from dbcap.cli.help import App
@@ -16,8 +17,8 @@ app = App()
 
 
 @app.command()
-@command(TrainConfig)
-def train(config: TrainConfig, common: CommonConfig, events: Events) -> TrainReport:
+@command(TrainConfig, given="train")
+def train(config: TrainConfig, common: CommonConfig, events: Events, given: Mapping[str, Any]) -> TrainReport:
     """Train a personal model from a few photos.
 
     Prints the folder of the model. Ctrl-C keeps what is done, and `dbcap resume` goes on, exact to the bit. Examples:
@@ -28,4 +29,4 @@ def train(config: TrainConfig, common: CommonConfig, events: Events) -> TrainRep
     """
     from dbcap.training.run import train as run
 
-    return run(config, common, events)
+    return run(config, given, common, events)

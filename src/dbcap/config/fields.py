@@ -139,6 +139,8 @@ def _bounds(field: FieldInfo) -> str:
             words.append(f"above {item.gt}")
         elif isinstance(item, annotated_types.Le):
             words.append(f"of at most {item.le}")
+        elif isinstance(item, annotated_types.Lt):
+            words.append(f"below {item.lt}")
         elif isinstance(item, AfterValidator):
             words.append("that is not empty")
     return " " + " and ".join(words) if words else ""

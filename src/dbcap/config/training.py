@@ -207,7 +207,9 @@ class ResumeConfig(Section):
     )
     max_time: str | None = time_limit(_STOP, _TO_THE_END, group=RUN)
     allow_inexact: bool = option(
-        False, "Go on where the result will not be equal to the bit: other machine, device or threads.", group=RUN
+        False,
+        "Go on where the result will not be equal to the bit: on another CPU or device, in other numbers.",
+        group=RUN,
     )
     from_: str | None = option(
         None,

@@ -19,7 +19,7 @@ from dbcap.config.paths import data_dir
 from dbcap.dataset import photos
 from dbcap.dataset.manifest import DataSet
 from dbcap.dataset.words import Words
-from dbcap.errors import DbcapError, InputError
+from dbcap.errors import OUT_OF_TIME, DbcapError, InputError
 from dbcap.events import Events
 from dbcap.files import sha256_of
 from dbcap.generation import plan, run
@@ -39,6 +39,10 @@ OWN_CAPTION = "a photo of a {class}"
 _KEY_LENGTH = 16
 
 
+class TimeOverError(Exception):
+    """Not all class images are made yet."""
+
+
 @dataclass(frozen=True)
 class ClassImage:
     """An image of the class; `sha256` is that of the file."""
@@ -54,6 +58,7 @@ def ensure(
     device: str,
     common: CommonConfig,  # noqa: ARG001 - what runs a model takes it
     events: Events,
+    seconds: float | None = None,
 ) -> tuple[ClassImage, ...]:
     """Return the class images of a data set in their order, making what is missing. Empty where there are none.
 
@@ -61,14 +66,15 @@ def ensure(
     `device`. Its pixels depend on nothing else. Where another process makes the same images, it is waited for.
     Own photos are brought to size as the subject's are; those that cannot be read are reported and left out.
 
-    Raises DbcapError where images cannot be made, Interrupted where a signal stops it: then those made are kept.
+    Raises DbcapError where images cannot be made, TimeOverError where that takes longer than `seconds`, Interrupted
+    where a signal stops it: then those made are kept.
     """
     if data.classes is None or not data.classes.count:
         return ()
     if data.classes.folder:
         return _own(data, data.classes.folder, events)
     choice = devices.choose(device=device, dtype="auto", batch_size=1, parameters=local.parameters)
-    config = _config(data, local, choice.device, choice.dtype)
+    config = _config(data, local, choice.device, choice.dtype, seconds)
     own = plan.with_own(Given(), local.additions)
     planned = plan.make(config, _requests(data), families.describe(local), local.revision, own)
     if len(_found(planned, config)) < len(planned):
@@ -78,7 +84,9 @@ def ensure(
             missing = len(planned) - len(_found(planned, config))  # none where the other one has made them
             if missing:
                 events.say(f"making {missing} images of the class with {local.spec.text}, in {shown(config.out)}")
-                run.make(config, planned, local, _Mute(config.format), events)
+                report = run.make(config, planned, local, _Mute(config.format), events)
+                if report.exit_code == OUT_OF_TIME:
+                    raise TimeOverError
     found = _found(planned, config)
     if len(found) < len(planned):
         raise DbcapError(f"class images have gone from {shown(config.out)} meanwhile", "run the same command again")
@@ -108,7 +116,7 @@ class _Mute(Printer):
         self._lines[one.index] = b""
 
 
-def _config(data: DataSet, local: LocalModel, device: str, dtype: str) -> GenerateConfig:
+def _config(data: DataSet, local: LocalModel, device: str, dtype: str, seconds: float | None) -> GenerateConfig:
     """Return what `dbcap generate` would be told. The folder is named by all that decides the images but their seed."""
     assert data.classes
     said = [local.revision, data.classes.prompts, data.classes.guidance, data.classes.steps, data.size, dtype]
@@ -123,6 +131,7 @@ def _config(data: DataSet, local: LocalModel, device: str, dtype: str) -> Genera
         height=data.size,
         out=str(data_dir() / FOLDER / key),
         on_error="stop",
+        max_time=None if seconds is None else f"{max(1, int(seconds))}s",
         **settings,
     )
 

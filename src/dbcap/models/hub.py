@@ -118,6 +118,7 @@ def _of_run(spec: ModelSpec, kind: str | None, how: Mapping[str, Any]) -> LocalM
     spec = replace(spec, text=found.address)
     if found.whole:
         return replace(locate(str(found.folder), kind="diffusion", **how), spec=spec, trained=found)
+    trained.check(found, home / "hashes.json")
     base = _before(found, how)
     one = found.addition(home / "hashes.json")
     if one is None:

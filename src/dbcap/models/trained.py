@@ -121,6 +121,19 @@ def is_gone(text: str) -> bool:
     return False
 
 
+def check(found: Trained, memory: Path) -> None:
+    """Raise ModelError where weights of a checkpoint are not what was written; `memory` is of `content_hash`."""
+    state = found.folder / runs.STATE
+    if not state.is_file():
+        return
+    for path in found.weights.values():
+        name = f"{path.parent.name}/{path.name}"
+        if read_object(state).get("files", {}).get(name) != content_hash(path, memory):
+            raise ModelError(
+                f"{path} is not what was written", f"`dbcap runs show {found.run}` lists other checkpoints"
+            )
+
+
 def pinned(model: str, revision: str) -> str:
     """Return the address of a model of the hub with its commit; others have a hash of 64 digits in its place."""
     return f"{model.partition('@')[0]}@{revision}" if remote.COMMIT.fullmatch(revision) else model

@@ -159,12 +159,17 @@ def prune(run: Run, keep: int) -> None:
     for step, folder in there.items():
         if step not in kept:
             remove(folder)
+    tidy(run)
+
+
+def tidy(run: Run) -> None:
+    """Remove what was left half-written."""
     for path in run.checkpoints.glob(".[0-9]*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> None:
-    """Take a damaged checkpoint out of sight; it goes when the next one is written."""
+    """Take a damaged checkpoint out of sight; it goes when the run goes on."""
     aside = folder.with_name(f".{folder.name}.damaged.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)

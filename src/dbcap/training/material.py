@@ -49,16 +49,15 @@ def data_set(run: Run, config: TrainConfig, common: CommonConfig, events: Events
     own = run.folder / FOLDER
     if manifest.is_dataset(own):
         return manifest.read(own)
-    given = Path(config.data[0]).expanduser()
-    if len(config.data) == 1 and manifest.is_dataset(given):
-        found = _as_edited(manifest.read(given), events)
-        settled.check_data(config, found)
+    if prepared := settled.given(config):
+        found = _as_edited(prepared, events)
         temporary = own.with_name(f".{FOLDER}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / manifest.FOLDER).mkdir(parents=True)
         for path in map(found.path_of, found.photos):
             if not path.is_file():
                 raise DbcapError(f"{path} is missing", "`dbcap prep` makes it again")
+            _check(path)
             shutil.copyfile(path, temporary / manifest.FOLDER / path.name)
         replace(found, folder=temporary).write()
         temporary.rename(own)
@@ -66,6 +65,15 @@ def data_set(run: Run, config: TrainConfig, common: CommonConfig, events: Events
     report = prepare.prepare(config, config.data, own, common, events)
     run.update(failed_photos=report.failed)
     return report.dataset
+
+
+def _check(photo: Path) -> None:
+    """Raise DbcapError for a photo of a data set that cannot be read any more."""
+    try:
+        with Image.open(photo) as picture:
+            picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DbcapError(f"{photo} cannot be read: {error}", "`dbcap prep` makes it again") from error
 
 
 def _as_edited(data: DataSet, events: Events) -> DataSet:
@@ -99,9 +107,10 @@ def check(before: dict[str, Any], now: dict[str, Any], run: Run) -> None:
     """Raise UsageError where the data of a run has changed since it began."""
     for name, value in before.items():
         if now[name] != value:
+            place = "" if name == "class_images" else f" in {run.folder / FOLDER}"
             raise UsageError(
                 f"the {name.replace('_', ' ')} of the run {run.name} have changed since it began",
-                "put them back, or begin a new run",
+                f"put them back{place}, or begin a new run",
             )
 
 
@@ -138,9 +147,9 @@ def gather(
     texts = tuple(dict.fromkeys([*captions, *(one.caption for one in classes), *words]))
     number = {text: at for at, text in enumerate(texts)}
     numbers = [number[text] for text in (*captions, *captions, *(one.caption for one in classes))]
-    shown = [Shown(tuple(found[start:end]), at) for (start, end), at in zip(shares, numbers, strict=True)]
+    pictures = [Shown(tuple(found[start:end]), at) for (start, end), at in zip(shares, numbers, strict=True)]
     count = len(data.photos)
-    return Material(tuple(shown[:count]), tuple(shown[count : 2 * count]), tuple(shown[2 * count :]), texts)
+    return Material(tuple(pictures[:count]), tuple(pictures[count : 2 * count]), tuple(pictures[2 * count :]), texts)
 
 
 def _vae_sha256(local: LocalModel) -> str:

@@ -60,7 +60,7 @@ def check(module: DreamBooth, data: Data, config: TrainConfig, run: Run, step: i
     if one + 4 * trained > free:
         raise DbcapError(
             f"one checkpoint and the result take {in_units(one + 4 * trained)}, and {in_units(free)} of disk are free",
-            "make room, or choose --method lora",
+            f"make room{', or choose --method lora' * (config.method == 'full' and not step)}",
         )
 
 

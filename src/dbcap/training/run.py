@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from dbcap.runs import FAILED, FINISHED, INTERRUPTED, RUNNING, Run
 from dbcap.runs import OUT_OF_TIME as TIME_OVER
 from dbcap.training import checkpoint
 from dbcap.training.checkpoint import DamagedError
-from dbcap.training.settled import settled
+from dbcap.training.settled import given, of_data, settled
+from dbcap.training.signals import StoppedError, wait_for_training
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,25 @@ class TrainReport:
 # ---- a new run
 
 
-def train(config: TrainConfig, common: CommonConfig, events: Events) -> TrainReport:
-    """Train as `dbcap train` does. Raises DbcapError; Interrupted where a signal stops it."""
+def train(config: TrainConfig, asked: Container[str], common: CommonConfig, events: Events) -> TrainReport:
+    """Train as `dbcap train` does; `asked` are the settings that come from nowhere else than this command.
+
+    Raises DbcapError; Interrupted where a signal stops it.
+    """
     started = time.monotonic()
+    wait_for_training()
     config = _rooted(settled(config))
     for one in config.data:
         if not os.path.exists(one):
             raise UsageError(f"there is no {shown(one)}", "name a data set of `dbcap prep`, or photos")
+    if data := given(config):
+        config = of_data(config, data, asked)
     run = _new(config)
     with run.lock():
-        if (run.folder / runs.MANIFEST).exists():  # of another command, which was quicker
+        if _begun(run):  # by another command, which was quicker
             raise _taken(run.name)
+        for name in {*os.listdir(run.folder)} - {runs.LOCK}:  # of one that failed before it had anything to keep
+            _remove(run.folder / name)
         run.write(
             {
                 "name": run.name,
@@ -117,7 +126,7 @@ def _new(config: TrainConfig) -> Run:
     if config.name:
         run = Run(runs.folder() / config.name)
         run.folder.mkdir(parents=True, exist_ok=True)
-        if {*os.listdir(run.folder)} - {runs.LOCK}:  # with less than that in it a command was killed as it began
+        if _begun(run):
             raise _taken(run.name)
         return run
     stem = slug(config.class_word or Path(config.data[0]).stem, 50)
@@ -129,6 +138,27 @@ def _new(config: TrainConfig) -> Run:
             return run
         except FileExistsError:
             number += 1
+
+
+def _begun(run: Run) -> bool:
+    """Return whether there is a run that can go on, or something else of the user's, rather than what is left of one.
+
+    A command that was killed as it began left a lock; one that failed before its first checkpoint has nothing to lose.
+    """
+    if not {*os.listdir(run.folder)} - {runs.LOCK}:
+        return False
+    try:
+        said = run.read()
+    except DbcapError:
+        return True
+    return said["status"] != FAILED or bool(run.steps())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _taken(name: str) -> UsageError:
@@ -145,6 +175,7 @@ def resume(config: ResumeConfig, changes: Mapping[str, Any], common: CommonConfi
     somebody is at it.
     """
     started = time.monotonic()
+    wait_for_training()
     run = runs.find(config.runs[0]) if config.runs else _unfinished(events)
     if config.from_ is not None:
         return _branch(run, config, changes, common, events, started)
@@ -153,6 +184,8 @@ def resume(config: ResumeConfig, changes: Mapping[str, Any], common: CommonConfi
         before = _settings(run, said)
         settings = _changed(before, config, changes)
         if said["status"] == FINISHED and settings.steps == before.steps:
+            if run.final.is_dir():
+                _print(run.final)
             return TrainReport(run, said["step"], said["step"], note=f"{run.name} is finished: nothing is left to do")
         start = _newest_sound(run, events)
         run.update(status=RUNNING, steps=settings.steps, config=settings.model_dump(mode="json"), changed=runs.now())
@@ -164,6 +197,8 @@ def resume(config: ResumeConfig, changes: Mapping[str, Any], common: CommonConfi
 
 
 def _unfinished(events: Events) -> Run:
+    """Return the newest unfinished run; one that failed by itself, and may do so again, after all others."""
+    found: dict[bool, Run] = {}
     for run in runs.every():
         try:
             status = run.read()["status"]
@@ -171,7 +206,10 @@ def _unfinished(events: Events) -> Run:
             events.warn(str(error))
             continue
         if status in runs.UNFINISHED and not run.is_locked():
-            return run
+            found.setdefault(status == FAILED, run)
+    for failed in (False, True):
+        if failed in found:
+            return found[failed]
     raise UsageError("there is no unfinished run", "`dbcap runs list` shows those there are")
 
 
@@ -231,7 +269,11 @@ def _branch(
 ) -> TrainReport:
     """Begin a new run from a checkpoint of another."""
     start = run.checkpoint(str(config.from_))
-    best = checkpoint.verified(start)["lightning"]["best"]
+    try:
+        best = checkpoint.verified(start)["lightning"]["best"]
+    except DamagedError as error:
+        others = ", ".join(f"--from {step}" for step in run.steps() if run.steps()[step] != start)
+        raise DbcapError(error.message, f"choose {others}" if others else "there is no other") from error
     said = run.read()
     settings = _changed(_settings(run, said), config, changes).model_copy(update={"name": config.name})
     new = Run(runs.folder() / str(config.name))
@@ -287,13 +329,12 @@ def _work(
     allow_inexact: bool = False,
 ) -> TrainReport:
     """Do the work, and write down how it ended."""
-    from dbcap.training.session import Session
-    from dbcap.training.steps import StoppedError
-
     deadline = started + seconds_of(config.max_time) if config.max_time else None
-    session = Session(run, config, common, events, deadline=deadline, allow_inexact=allow_inexact)
     status, message, failed = FAILED, "", 0
     try:
+        from dbcap.training.session import Session  # this takes seconds, in which signals come too
+
+        session = Session(run, config, common, events, deadline=deadline, allow_inexact=allow_inexact)
         session.go(start)
         failed, status = run.read().get("failed_photos", 0), FINISHED
     except StoppedError as error:
@@ -314,8 +355,12 @@ def _work(
             timings = [*run.read().get("timings", []), took]
             run.update(status=status, step=step, message=message, changed=runs.now(), timings=timings)
     if status == FINISHED:
-        write_stdout(f"{run.final}\n".encode("utf-8", "surrogateescape"))
+        _print(run.final)
     return TrainReport(run, step, config.steps or 0, failed)
+
+
+def _print(folder: Path) -> None:
+    write_stdout(f"{folder}\n".encode("utf-8", "surrogateescape"))
 
 
 def _state(run: Run, config: TrainConfig) -> str:

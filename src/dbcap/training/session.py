@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import platform
 import threading
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -43,7 +45,7 @@ from dbcap.training.material import Material
 from dbcap.training.metrics import Board, Table
 from dbcap.training.module import DreamBooth, Objective, Rates
 from dbcap.training.optimizer import DivergedError, maker
-from dbcap.training.signals import Signals
+from dbcap.training.signals import Signals, StoppedError
 from dbcap.training.steps import Every, Steps, exploded
 from dbcap.training.validation import Validation
 
@@ -86,8 +88,9 @@ class Session:
     def go(self, start: Path | None) -> None:
         """Train from a checkpoint, or from the beginning, to the end; write the result.
 
-        Raises StoppedError where it ends before, a checkpoint being written.
+        Raises StoppedError where it ends before; where it had begun, a checkpoint is written.
         """
+        checkpoint.tidy(self.run)
         with self._signals.noting():
             ready = self.prepare()
             step = int(start.name) if start else 0
@@ -114,7 +117,11 @@ class Session:
         choice = self._choose(local, before.get("host") or {})
         classes: tuple[ClassImage, ...] = ()
         if self.config.prior != "none":
-            classes = class_images.ensure(data, local, choice.device, self._common, self._events)
+            left = None if self._deadline is None else self._deadline - time.monotonic()
+            try:
+                classes = class_images.ensure(data, local, choice.device, self._common, self._events, left)
+            except class_images.TimeOverError:
+                raise StoppedError(None) from None
         facts = material.facts(data, classes)
         if before.get("data"):
             material.check(before["data"], facts, self.run)
@@ -149,6 +156,8 @@ class Session:
             model, base = self.config.model, self.config.base
         else:
             model, base = data.model, data.base
+        if before and (path := hub.parsed(model).path) and not os.path.exists(path):
+            raise UsageError(f"the run {self.run.name} began with {model}, which is not there any more", "put it back")
         local = hub.locate(
             model,
             kind="diffusion",

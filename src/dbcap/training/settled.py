@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Container
+from pathlib import Path
+from typing import Any
 
 from dbcap.config.fields import flag_of
 from dbcap.config.training import EMBEDDING_STEPS, FULL_STEPS, LEARNING_RATES, TrainConfig
+from dbcap.dataset import manifest, words
+from dbcap.dataset.manifest import DataSet
 from dbcap.errors import UsageError
-
-if TYPE_CHECKING:
-    from dbcap.dataset.manifest import DataSet
+from dbcap.events import Silent
+from dbcap.inputs import shown
 
 DTYPES = {"auto": "auto", "32": "float32", "bf16": "bfloat16", "16": "float16"}
 """What `--precision` says -> number format of the forward and backward pass."""
@@ -35,22 +37,43 @@ def settled(config: TrainConfig) -> TrainConfig:
     )
 
 
-def check_data(config: TrainConfig, data: DataSet) -> None:
-    """Raise UsageError for an option of photos that says something else than the data set, which is prepared."""
+def given(config: TrainConfig) -> DataSet | None:
+    """Return the data set that a run is to be of; None where that is photos. Raises UsageError for more than one."""
+    there = [one for one in config.data if manifest.is_dataset(Path(one))]
+    if there and len(config.data) > 1:
+        raise UsageError(f"{shown(there[0])} is a data set, and more is named beside it", "name it alone, or photos")
+    return manifest.read(Path(there[0])) if there else None
+
+
+def of_data(config: TrainConfig, data: DataSet, asked: Container[str]) -> TrainConfig:
+    """Return the settings as a data set has them, which is prepared.
+
+    Raises UsageError for one that says something else and was `asked` for: it is not from a profile or the like.
+    """
     classes = data.classes
     said = {name: (getattr(data, name), getattr(config, name)) for name in _OF_DATA}
     said |= {name: (False, getattr(config, name)) for name in _OF_PREPARING}
     said["class_dir"] = (classes.folder if classes else None, config.class_dir)
     if classes and not classes.folder:
         said |= {name: (getattr(classes, of), getattr(config, name)) for name, of in _OF_CLASSES.items()}
-    for name, (has, asked) in said.items():
-        if asked not in (type(config).model_fields[name].default, has):
+        prompts = config.class_prompts
+        if "class_prompts" in asked:
+            prompts = words.class_prompts(prompts, data.class_word or "", Silent())
+        said["class_prompts"] = classes.prompts, prompts
+    for name, (has, wish) in said.items():
+        if name in asked and wish != has:
             flag = flag_of(name)
-            how = f"with {flag} {has}" if has else f"without {flag}"
+            how = f"with {flag} {_words(has)}" if has else f"without {flag}"
+            value = "" if wish is True else f" {_words(wish)}"
             raise UsageError(
-                f"{data.folder} was prepared {how}, and {flag}{'' if asked is True else f' {asked}'} is asked for",
+                f"{data.folder} was prepared {how}, and {flag}{value} is asked for",
                 "run `dbcap prep` again with it",
             )
+    return config.model_copy(update={name: has for name, (has, _) in said.items() if name not in _OF_PREPARING})
+
+
+def _words(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def factor(config: TrainConfig) -> Callable[[int], float]:

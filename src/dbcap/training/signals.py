@@ -13,6 +13,15 @@ from dbcap.errors import SIGINT, SIGTERM, Interrupted
 _CODES = {signal.SIGINT: SIGINT, signal.SIGTERM: SIGTERM}
 
 
+class StoppedError(Exception):
+    """A run ends before its last step; what is done is kept."""
+
+    def __init__(self, exit_code: int | None) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+        """Of the signal; None when time is over."""
+
+
 class Signals:
     """What was asked for since training began."""
 
@@ -56,6 +65,12 @@ class Signals:
 
     def _wish(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.checkpoint = True
+
+
+def wait_for_training() -> None:
+    """Let a wish for a checkpoint pass until there is somebody to take it: it would end the process."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -20,20 +20,11 @@ from dbcap.training.data import Batch
 from dbcap.training.metrics import Table
 from dbcap.training.module import DreamBooth
 from dbcap.training.optimizer import MasterOptimizer
-from dbcap.training.signals import Signals
+from dbcap.training.signals import Signals, StoppedError
 from dbcap.training.validation import Validation
 
 EXPLODED = 100.0
 """A loss that training never recovers from: a model that predicts nothing at all has 1."""
-
-
-class StoppedError(Exception):
-    """Training ends before its last step; a checkpoint of the step is written."""
-
-    def __init__(self, exit_code: int | None) -> None:
-        super().__init__(exit_code)
-        self.exit_code = exit_code
-        """Of the signal; None when time is over."""
 
 
 @dataclass(frozen=True)
@@ -170,4 +161,5 @@ def exploded(step: int, run: runs.Run, what: str) -> DbcapError:
     """Return what is said of a run that is lost from this step on."""
     kept = list(run.steps())
     where = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
-    return DbcapError(f"step {step}: {what}", f"{where}; begin again with a smaller --lr")
+    another = " and another --name" if kept else ""
+    return DbcapError(f"step {step}: {what}", f"{where}; begin again with a smaller --lr{another}")
