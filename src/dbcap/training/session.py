@@ -156,7 +156,7 @@ class Session:
             model, base = self.config.model, self.config.base
         else:
             model, base = data.model, data.base
-        if before and (path := hub.parsed(model).path) and not os.path.exists(path):
+        if before and os.path.isabs(model) and not os.path.exists(model):
             raise UsageError(f"the run {self.run.name} began with {model}, which is not there any more", "put it back")
         local = hub.locate(
             model,
