@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import threading
 import time
@@ -156,7 +155,7 @@ class Session:
             model, base = self.config.model, self.config.base
         else:
             model, base = data.model, data.base
-        if before and os.path.isabs(model) and not os.path.exists(model):
+        if before and Path(model).is_absolute() and not Path(model).exists():
             raise UsageError(f"the run {self.run.name} began with {model}, which is not there any more", "put it back")
         local = hub.locate(
             model,
