@@ -15,7 +15,7 @@ from dbcap.config.paths import cache_dir
 from dbcap.dataset import manifest
 from dbcap.models import device
 from dbcap.runs import Run
-from dbcap.training import checkpoint
+from dbcap.training import checkpoint, preflight
 
 FOUR = ["--steps", "4"]
 LORA = ["--method", "lora", "--rank", "2", "--lr", "1e-2"]
@@ -222,6 +222,15 @@ def test_damaged_manifests(training, stopped, interrupted):
 
 
 # ---- further than it was to go
+
+
+def test_what_was_left_half_written_goes_before_the_disk_is_measured(training, stopped, monkeypatch):
+    half = stopped().checkpoints / ".000009.abc.tmp"
+    half.mkdir()
+    measured = []
+    monkeypatch.setattr(preflight, "check", lambda *_: measured.append(half.exists()))
+    training.resume()
+    assert measured == [False]
 
 
 def test_more_steps_are_a_straight_run_of_that_length(training, straight, rex, weights, lines):

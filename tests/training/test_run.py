@@ -24,6 +24,7 @@ from dbcap.dataset.manifest import ClassSettings
 from dbcap.models import cpu
 from dbcap.runs import Run
 from dbcap.training import checkpoint, preflight
+from dbcap.training import run as run_module
 from dbcap.training.module import DreamBooth
 
 
@@ -415,6 +416,30 @@ def test_a_second_signal_ends_at_once(training, at_step, monkeypatch):
 def test_a_signal_at_the_last_step_is_too_late(training, at_step):
     at_step(6, lambda: signal.raise_signal(signal.SIGINT))
     assert training.train("rex").read()["status"] == "finished"
+
+
+def test_a_wish_before_there_is_anything_to_write(training, monkeypatch):
+    settle = run_module.settled
+
+    def wished(config):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return settle(config)
+
+    monkeypatch.setattr(run_module, "settled", wished)
+    assert training.train("rex", "--steps", "1").read()["status"] == "finished"
+
+
+def test_stopped_while_libraries_are_imported(training, monkeypatch):
+    class Slow:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "dbcap.training.session", Slow())
+        result = training(*training.words("rex"))
+    assert (result.code, result.error) == (130, "interrupted: step 0 of 6 is kept; `dbcap resume rex` goes on")
+    assert Run(runs.folder() / "rex").read()["status"] == "interrupted"
+    assert training.resume().code == 0
 
 
 def test_time_that_is_over(training):

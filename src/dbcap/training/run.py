@@ -198,7 +198,7 @@ def resume(config: ResumeConfig, changes: Mapping[str, Any], common: CommonConfi
 
 def _unfinished(events: Events) -> Run:
     """Return the newest unfinished run; one that failed by itself, and may do so again, after all others."""
-    found: dict[bool, Run] = {}
+    found: list[tuple[bool, Run]] = []
     for run in runs.every():
         try:
             status = run.read()["status"]
@@ -206,11 +206,10 @@ def _unfinished(events: Events) -> Run:
             events.warn(str(error))
             continue
         if status in runs.UNFINISHED and not run.is_locked():
-            found.setdefault(status == FAILED, run)
-    for failed in (False, True):
-        if failed in found:
-            return found[failed]
-    raise UsageError("there is no unfinished run", "`dbcap runs list` shows those there are")
+            found.append((status == FAILED, run))
+    if not found:
+        raise UsageError("there is no unfinished run", "`dbcap runs list` shows those there are")
+    return min(found, key=lambda one: one[0])[1]
 
 
 def _settings(run: Run, said: Mapping[str, Any]) -> TrainConfig:
