@@ -54,7 +54,7 @@ class Recorder:
         (Interrupted(errors.SIGINT), 130, ["interrupted"]),
         (Interrupted(errors.SIGTERM), 143, ["terminated"]),
         (FileNotFoundError(2, "No such file or directory", "x"), 1, ["x: No such file or directory"]),
-        (OSError(28, "No space left on device"), 1, ["No space left on device; make room there"]),
+        (OSError(28, "No space left on device"), 1, ["No space left on device"]),
         (
             ValueError("odd"),
             1,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dbcap.config.models import CommonConfig
@@ -178,8 +179,9 @@ def test_images_that_vanish_meanwhile_are_an_error(made, monkeypatch):
     real = class_images.run.make
 
     def make(*arguments):
-        real(*arguments)
+        report = real(*arguments)
         shutil.rmtree(arguments[0].out)
+        return report
 
     monkeypatch.setattr(class_images.run, "make", make)
     with pytest.raises(DbcapError) as failed:
@@ -249,7 +251,9 @@ ensure(data, local, "cpu", CommonConfig(), Silent())
 
 
 def test_a_killed_process_leaves_what_it_made(made, told, home, tiny_diffusion):
-    child = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tiny_diffusion)], stderr=subprocess.PIPE)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # which files of images name
+    command = [sys.executable, "-c", PROGRAM, str(tiny_diffusion)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     while len(list(home.glob("class-images/*/*.png"))) < 5:
         assert child.poll() is None, child.stderr.read()
     child.kill()

@@ -49,8 +49,9 @@ def _line(error: Exception) -> str:
     if isinstance(error, typer.Abort):
         return "aborted"
     if isinstance(error, OSError) and error.strerror:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        return f"{what}; make room there" if error.errno in NO_ROOM else what
+        if not error.filename:
+            return error.strerror
+        return f"{error.filename}: {error.strerror}" + "; make room there" * (error.errno in NO_ROOM)
     if not is_fault(error):
         return str(error)
     return f"{name_of(error)}; this is a fault in dbcap, and DBCAP_DEBUG=1 shows where it happened"
