@@ -6,7 +6,8 @@ import torch
 
 from dbcap import Captioner
 from dbcap.errors import DbcapError
-from dbcap.models.libraries import compiler_errors, memory_errors
+from dbcap.models.libraries import compiler_errors
+from dbcap.models.memory import memory_errors
 
 
 def test_torch_without_memory_is_one_line():

@@ -32,6 +32,7 @@ VALUES = {
     "caption.url_max_mb": ("8", 8),
     "caption.workers": ("0", 0),
     "caption.model": ("org/name@v1", "org/name@v1"),
+    "caption.engine": ("onnx", "onnx"),
     "caption.prompt": ("a photo of", "a photo of"),
     "caption.num_beams": ("4", 4),
     "caption.max_length": ("20", 20),
@@ -170,6 +171,18 @@ VALUES = {
     "generate.max_time": ("1h30m", "1h30m"),
     "generate.safety": ("true", True),
     "generate.on_error": ("stop", "stop"),
+    "export.onnx": ("true", True),
+    "export.fp16": ("true", True),
+    "export.int8": ("yes", True),
+    "export.int4": ("on", True),
+    "export.fp32": ("off", False),
+    "export.layout": ("optimum", "optimum"),
+    "export.out": ("small", "small"),
+    "export.force": ("true", True),
+    "export.check": ("false", False),
+    "export.check_images": ("photos", "photos"),
+    "export.max_drop": ("0.05", 0.05),
+    "export.calibrate": ("photos", "photos"),
 }
 
 FILE = """\

@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
-import torch
 from pydantic import ValidationError
 
-from dbcap.captioning import captioner as models
-from dbcap.captioning import decoding
+from dbcap.captioning import decoding, loader
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.feed import IMAGES, ImageLike, Item, batches, is_image, item_of, picture_of, prepare, stacked
+from dbcap.captioning.loader import ENGINES, Ready
 from dbcap.captioning.reading import Prepared, evenly
 from dbcap.captioning.run import image_seed
 from dbcap.config.fields import flag_of
@@ -28,14 +28,13 @@ from dbcap.config.paths import cache_dir
 from dbcap.errors import InputError, UsageError, did_you_mean
 from dbcap.events import Silent
 from dbcap.inputs import Source
-from dbcap.models import device as devices
 from dbcap.models import hub
-from dbcap.models.device import Choice
-from dbcap.models.libraries import memory_errors
-from dbcap.plugins import api as plugins
+from dbcap.models.memory import memory_errors
 from dbcap.plugins.api import Candidate
 
-ENGINES = ("auto", "torch")
+if TYPE_CHECKING:
+    import torch
+
 DEFAULT_MODEL: str = CaptionConfig.model_fields["model"].default
 
 
@@ -82,9 +81,8 @@ class CaptionOptions(TypedDict, total=False):
 class Captioner:
     """A loaded captioning model. Made by `Captioner.load`; may be used by one thread at a time."""
 
-    def __init__(self, captioner: plugins.Captioner, choice: Choice) -> None:
-        self._captioner = captioner
-        self._choice = choice
+    def __init__(self, ready: Ready) -> None:
+        self._captioner, self._choice, self._check = ready.captioner, ready.choice, ready.check
 
     @classmethod
     def load(
@@ -105,7 +103,7 @@ class Captioner:
 
         Raises UsageError for an engine, device, dtype or spec that cannot be, ModelError for what cannot be loaded.
         """
-        return cls(*load(spec, engine=engine, device=device, dtype=dtype, offline=offline, allow_pickle=allow_pickle))
+        return cls(load(spec, engine=engine, device=device, dtype=dtype, offline=offline, allow_pickle=allow_pickle))
 
     @property
     def name(self) -> str:
@@ -115,11 +113,15 @@ class Captioner:
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
+        import torch
+
         return torch.device(self._choice.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Number format of the weights."""
+        """Number format of the weights; of an exported model what goes in and comes out."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self._choice.dtype)
         return dtype
 
@@ -159,7 +161,7 @@ class Captioner:
         config = config_of(options)
         settled = self._settle(config)
         batch = self._choice.batch_size if config.batch_size == "auto" else config.batch_size
-        if hasattr(images, "read") or isinstance(images, torch.Tensor):
+        if hasattr(images, "read") or _is_tensor(images):
             raise UsageError(f"{type(images).__name__} is no image and holds none", IMAGES)
         if is_image(images):
             return next(self._captions([item_of(images)], config, settled, 1))
@@ -178,7 +180,7 @@ class Captioner:
     def _settle(self, config: CaptionConfig) -> Decoding:
         try:
             settled = decoding.settle(config, self._captioner.defaults(), self._captioner.capabilities, self.name)
-            models.check(self._captioner, settled.as_dict())
+            self._check(settled.as_dict())
         except UsageError as error:
             raise UsageError(as_python(error.message), as_python(error.hint)) from None
         return settled
@@ -213,7 +215,7 @@ class Captioner:
         Low-precision kernels round differently at other shapes, so there all batches have one shape; of a sequence the
         float32 ones too, as in `dbcap caption`.
         """
-        return good if lazy and self.dtype == torch.float32 else batch
+        return good if lazy and self._choice.dtype == "float32" else batch
 
 
 # ---- loading
@@ -242,21 +244,25 @@ def load(
     dtype: str | torch.dtype,
     offline: bool,
     allow_pickle: bool,
-) -> tuple[plugins.Captioner, Choice]:
-    """Do what `Captioner.load` does; returns the model and how it runs."""
+) -> Ready:
+    """Do what `Captioner.load` does."""
     if engine not in ENGINES:
         near = did_you_mean(str(engine), ENGINES)
-        raise UsageError(f"there is no engine {engine!r}", near or f"the engines are {' and '.join(ENGINES)}")
+        raise UsageError(f"there is no engine {engine!r}", near or f"the engines are {', '.join(ENGINES)}")
     events = _Log()
-    local = hub.locate(os.fsdecode(spec), offline=offline, allow_pickle=allow_pickle, events=events, home=cache_dir())
-    choice = devices.choose(
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        parameters=models.count_parameters(local.folder),
-    )
-    for reason in choice.why:
-        events.detail(reason)
-    return models.load(local, choice, events), choice
+    kind = loader.kind_for(engine)
+    asked: dict[str, Any] = {"offline": offline, "allow_pickle": allow_pickle}
+    local = hub.locate(os.fsdecode(spec), kind=kind, events=events, home=cache_dir(), **asked)
+    try:
+        number = str(dtype).removeprefix("torch.")
+        return loader.load(local, events, engine=engine, device=str(device), dtype=number)
+    except UsageError as error:
+        raise UsageError(as_python(error.message), as_python(error.hint)) from None
+
+
+def _is_tensor(value: Any) -> bool:
+    """Return whether a value is torch's, without importing torch."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
 # ---- options

@@ -18,8 +18,9 @@ from dbcap.captioning.engines.decoders import BUILDERS
 from dbcap.captioning.engines.torch import TorchEngine
 from dbcap.captioning.failures import model_errors
 from dbcap.captioning.loading import Loaded, foreign_settings, load_weights
-from dbcap.captioning.search import MIN_ROWS, Found, Special
+from dbcap.captioning.search import Found, Special, enough_rows
 from dbcap.captioning.search import search as run_search
+from dbcap.captioning.settings import special_tokens
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
@@ -166,16 +167,10 @@ class TransformersCaptioner:
             return found
 
     def _special(self) -> Special:
-        start, pad, ends = self._generation.decoder_start_token_id, self._generation.pad_token_id, self._end_tokens()
-        start = self._generation.bos_token_id if start is None else start
-        return Special(start, tuple(ends), (ends[0] if ends else 0) if pad is None else pad)
+        return special_tokens(self._generation.to_dict())
 
     def _enough_rows(self, pixels: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
-        """Repeat the last image until the decoder has `MIN_ROWS` rows, `width` of them an image."""
-        missing = -(-MIN_ROWS // width) - len(pixels)
-        if self.dtype != torch.float32 or missing <= 0:
-            return pixels
-        return np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+        return enough_rows(pixels, width) if self.dtype == torch.float32 else pixels
 
     def _rows(self, pixels: npt.NDArray[np.float32], decoding: Decoding) -> list[list[Found]]:
         tensor = torch.from_numpy(pixels).to(self.device, self.dtype)
@@ -236,8 +231,7 @@ class TransformersCaptioner:
         return getattr(self.config.decoder, "max_position_embeddings", None)
 
     def _end_tokens(self) -> list[int]:
-        ends = self._generation.eos_token_id
-        return list(ends) if isinstance(ends, list) else ([] if ends is None else [ends])
+        return list(self._special().ends)
 
     def _prompt_ids(self, prompt: str | None) -> list[int] | None:  # noqa: ARG002 - of the families with prompts
         """Return the tokens that the decoder starts with, for a family that takes prompts."""

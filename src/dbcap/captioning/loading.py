@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from dbcap.captioning.decoding import Decoding
+from dbcap.captioning.settings import GENERATION, decoding_defaults, own_lengths
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, choose_in
 from dbcap.models.libraries import clear_errors
@@ -40,7 +40,7 @@ def load_weights(auto_class: Any, folder: Path, model: str, dtype: torch.dtype) 
         weights = MappedWeights([folder / name for name in choice.weights if name != choice.index])
         module, found = from_weights(auto_class, folder, weights, dtype)
         # Without one, transformers takes the settings from config.json, where models of 2022 have them.
-        there = (folder / "generation_config.json").is_file()
+        there = (folder / GENERATION).is_file()
         where: dict[str, Any] = {} if there else {"config_file_name": CONFIG, "_from_model_config": True}
         module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True, **where)
     # The pooler of a ViT encoder is not used for captions, and many checkpoints leave it out.
@@ -55,10 +55,6 @@ def load_weights(auto_class: Any, folder: Path, model: str, dtype: torch.dtype) 
     return Loaded(module, found.unused, weights, defaults)
 
 
-_NUMBERS = (
-    *("num_beams", "max_length", "min_length", "max_new_tokens", "min_new_tokens", "length_penalty"),
-    *("no_repeat_ngram_size", "repetition_penalty", "top_p", "top_k", "temperature"),
-)
 _OWN_SETTINGS = {
     *(field.name for field in dataclasses.fields(Decoding)),
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "num_return_sequences"),
@@ -77,24 +73,3 @@ def foreign_settings(config: GenerationConfig) -> list[str]:
         # 0 and 1 leave everything as it is, but for a token and a switch
         and (value is True or value not in (None, 0, 1, [], {}) or (value is not None and name.endswith("_id")))
     ]
-
-
-def decoding_defaults(folder: Path, model: str) -> dict[str, Any]:
-    """Read generation_config.json itself: the library would fill in defaults of its own, which are not the model's.
-
-    Raises ModelError for a setting that is no number where one is needed.
-    """
-    values: dict[str, Any] = json.loads((folder / "generation_config.json").read_text("utf-8"))
-    for name in _NUMBERS:
-        value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ModelError(f"the generation_config.json of {model} says {name} = {value!r}, which is no number")
-    return own_lengths(values)
-
-
-def own_lengths(values: dict[str, Any]) -> dict[str, Any]:
-    """Say lengths as dbcap does: with the start token. As in transformers, new tokens outdo a whole length."""
-    for length, made in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if values.get(made):
-            values[length] = values[made] + 1
-    return values

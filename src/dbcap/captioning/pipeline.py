@@ -57,16 +57,16 @@ def pipeline(
         captioner = _around(model, tokenizer, processor, _device(device), number)
         return ImageToTextPipeline(captioner, own_search=False, **settings)
     spec = DEFAULT_MODEL if model is None else os.fspath(model)
-    loaded, _ = load(
+    loaded = load(
         f"{spec}@{revision}" if revision else spec,
         engine=engine,
         device=_device(device),
         dtype=_name(number or "float32"),
         offline=offline,
         allow_pickle=allow_pickle,
-    )
+    ).captioner
     if not isinstance(loaded, TransformersCaptioner):
-        raise ModelError(f"{spec} is loaded by a plugin, which gives no pipeline", "use dbcap.Captioner")
+        raise ModelError(f"{spec} is no model of transformers: it gives no pipeline", "use dbcap.Captioner")
     _replace(loaded, model, tokenizer, processor)
     return ImageToTextPipeline(loaded, **settings)
 

@@ -101,29 +101,36 @@ class _Run:
 
     def _load(self) -> None:
         """Find and load the model, and settle how it runs."""
-        from dbcap.captioning import captioner, decoding, reading
+        from dbcap.captioning import decoding, loader, reading
         from dbcap.config.paths import cache_dir
-        from dbcap.models import device, hub
+        from dbcap.models import hub
 
         config, common, events = self._config, self._common, self._events
         local = hub.locate(
-            config.model, offline=common.offline, allow_pickle=common.allow_pickle, events=events, home=cache_dir()
+            config.model,
+            kind=loader.kind_for(config.engine),
+            offline=common.offline,
+            allow_pickle=common.allow_pickle,
+            events=events,
+            home=cache_dir(),
         )
-        choice = device.choose(
+        ready = loader.load(
+            local,
+            events,
+            engine=config.engine,
             device=config.device,
             dtype=config.dtype,
             batch_size=config.batch_size,
-            parameters=captioner.count_parameters(local.folder),
+            compiled=config.compile,
         )
-        for reason in choice.why:
-            events.detail(reason)
+        choice = ready.choice
         self._local: LocalModel = local
         self._choice: Choice = choice
-        self._captioner: Captioner = captioner.load(local, choice, events, compiled=config.compile)
+        self._captioner: Captioner = ready.captioner
         self._decoding = decoding.settle(
             config, self._captioner.defaults(), self._captioner.capabilities, local.spec.text
         )
-        captioner.check(self._captioner, self._decoding.as_dict())
+        ready.check(self._decoding.as_dict())
         # The shape of a batch is one for the whole run and its resumes: kernels round differently at other shapes.
         count = len(self._job.found.sources)
         size = choice.batch_size if config.batch_size != "auto" else reading.evenly(count, choice.batch_size)
@@ -250,7 +257,7 @@ class _Run:
     def _records(self, good: Sequence[Prepared]) -> list[Record]:
         import numpy as np
 
-        from dbcap.models.libraries import memory_errors
+        from dbcap.models.memory import memory_errors
 
         try:
             pixels = np.stack([item.pixels for item in good if item.pixels is not None])

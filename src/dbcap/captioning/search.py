@@ -82,6 +82,12 @@ def search(
     return _Rows(engine, pixels, decoding, special, seeds).run()
 
 
+def enough_rows(pixels: npt.NDArray[np.float32], width: int) -> npt.NDArray[np.float32]:
+    """Repeat the last image of pixels (B, 3, H, W) until there are `MIN_ROWS` rows, `width` of them an image."""
+    missing = -(-MIN_ROWS // width) - len(pixels)
+    return pixels if missing <= 0 else np.concatenate([pixels, np.repeat(pixels[-1:], missing, axis=0)])
+
+
 class _Search(ABC):
     """What all searches share: the batch, its rows, and the rules."""
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("dbcap.cli.train", "Train a personal model from a few photos."),
     "resume": Command("dbcap.cli.resume", "Go on with a run that was interrupted."),
     "generate": Command("dbcap.cli.generate", "Make images from prompts."),
+    "export": Command("dbcap.cli.export", "Export models to the formats that other tools read."),
     "runs": Command("dbcap.cli.runs", "List, look into, plot and remove runs."),
     "models": Command("dbcap.cli.models", "List, fetch and look into models."),
     "config": Command("dbcap.cli.config", "Show and change settings, and say where each comes from."),

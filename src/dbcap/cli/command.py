@@ -42,17 +42,21 @@ class Session:
     events: Terminal
 
 
-def command(model: type[C], *, given: str = "") -> Callable[[Callable[..., HasOutcome]], Callable[..., None]]:
+def command(
+    model: type[C], *, given: str = "", values: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., HasOutcome]], Callable[..., None]]:
     """Make a command whose options are the fields of `model` and which prints the summary of the report it returns.
 
-    With the name of another table, `given` passes the function what was set of that table for this very run.
+    With the name of another table, `given` passes the function what was set of that table for this very run; `values`
+    passes keys of other tables as arguments of these names.
     """
     section = next(name for name, known in SECTIONS.items() if known is model)
 
     def decorate(function: Callable[..., HasOutcome]) -> Callable[..., None]:
         def start(session: Session, **own: Any) -> None:
             working_folder()
-            more = {"given": session.settings.given(given)} if given else {}
+            more: dict[str, Any] = {"given": session.settings.given(given)} if given else {}
+            more |= {name: session.settings.values[key] for name, key in (values or {}).items()}
             report = function(session.settings.section(model, **own), session.common, session.events, **more)
             if report.summary:
                 session.events.say(report.summary)

@@ -23,6 +23,7 @@ from dbcap.config.base import (
     Text,
     time_limit,
 )
+from dbcap.config.exporting import ExportConfig
 from dbcap.config.fields import Section, argument, flag_of, option
 from dbcap.config.training import PrepConfig, ResumeConfig, TrainConfig
 
@@ -32,6 +33,7 @@ __all__ = [
     "SECTIONS",
     "CaptionConfig",
     "CommonConfig",
+    "ExportConfig",
     "GenerateConfig",
     "PrepConfig",
     "ResumeConfig",
@@ -70,10 +72,15 @@ class CaptionConfig(ComputeConfig):
 
     model: Text = option(
         "nlpconnect/vit-gpt2-image-captioning",
-        "Captioner: starter, org/name[@revision] on the hub, or a folder.",
+        "Captioner: starter, org/name[@revision] on the hub, or a folder; of an exported one also FOLDER:VARIANT.",
         "-m",
         group=COMPUTE,
         metavar="MODEL",
+    )
+    engine: Literal["auto", "torch", "onnx"] = option(
+        "auto",
+        "What runs the model: torch, onnx (an exported model on the CPU), or what its files are for.",
+        group=COMPUTE,
     )
     prompt: str | None = option(None, "Text that the caption begins with (BLIP and GIT).", group=COMPUTE)
 
@@ -297,5 +304,6 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
     "resume": ResumeConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
 }
 """Table of a file -> its model. A command that is added adds its line here."""

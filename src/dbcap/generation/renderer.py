@@ -15,7 +15,8 @@ from dbcap.events import Events
 from dbcap.generation import sampling, schedulers
 from dbcap.generation.jobs import Job, UnfitError
 from dbcap.generation.plan import Given, Planned
-from dbcap.models.libraries import compiler_errors, memory_errors
+from dbcap.models.libraries import compiler_errors
+from dbcap.models.memory import memory_errors
 
 if TYPE_CHECKING:
     from dbcap.models.families.sd import Condition, StableDiffusion

@@ -10,7 +10,7 @@ from typing import Any
 
 from dbcap.errors import DbcapError, ModelError, UsageError, did_you_mean
 from dbcap.events import Events
-from dbcap.models import pipelines, remote, single_file, trained
+from dbcap.models import exported, pipelines, remote, single_file, trained
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import (
     PIPELINE,
@@ -19,6 +19,7 @@ from dbcap.models.layout import (
     choose_in,
     count_in,
     file_names,
+    has_weights,
     refuse_pickle,
 )
 from dbcap.models.remote import HubOutOfReachError, ModelFile
@@ -35,6 +36,7 @@ ASK_SECONDS = 15.0
 CHOOSERS: dict[str, Callable[[Collection[str], str], Files]] = {
     "captioner": choose,
     "diffusion": pipelines.choose,
+    "onnx": exported.choose,
 }
 """Kind of model -> what says by their names which of its files are read."""
 
@@ -56,6 +58,8 @@ class LocalModel:
     """LoRA and embedding files that a run trained: they belong to the model, which `folder` is without them."""
     trained: Trained | None = None
     """What run it is of, where it is of one."""
+    onnx: tuple[Path, Path] | None = None
+    """The encoder's and the decoder's file of an exported captioner."""
 
     @property
     def parameters(self) -> int:
@@ -78,7 +82,8 @@ def locate(
 
     `base` is a folder with the configs and tokenizers of a model in one file. With `safety` the files of a pipeline's
     safety checker are among those that are read, if it has one; its revision is the same.
-    `kind` is what it must be; with None it is whichever it is, of several of a plugin the captioner.
+    `kind` is what it must be; with None it is whichever it is, of several of a plugin the captioner. "onnx" is a
+    captioner by its ONNX files; "captioner" takes them where there are no other weights, or a variant is named.
     A commit that is cached, and anything with `offline`, asks nobody. A cached branch or tag is checked against the hub
     for a few seconds; if that does not answer, the cached one is used. Raises `UsageError` or `ModelError`.
     """
@@ -96,15 +101,17 @@ def locate(
         revision, files = commit, tuple(remote.cached_file(folder, name) for name in choice.names)
     else:
         folder = own_folder(spec, kind)
-        choice = layout_of(folder, spec.text, kind, safety)
+        choice = layout_of(folder, spec.text, kind, safety, spec.variant)
         refuse_pickle(choice, spec.text, allow_pickle)
-        memory, images = home / "hashes.json", layout_of(folder, spec.text, kind)
+        memory, images = home / "hashes.json", layout_of(folder, spec.text, kind, variant=spec.variant)
         revision, files = fingerprint(folder, images.names, memory), hashed(folder, choice.names, memory)
     if choice.pickled:
         from dbcap.models import weights  # it imports torch, which no other way through this file needs
 
         folder = weights.convert(folder, choice, cache=home, allow_pickle=allow_pickle, events=events)
-    return LocalModel(spec, folder, revision, files)
+    encoder, decoder = (*choice.sets[0], "")[:2]
+    onnx = (folder / encoder, folder / decoder) if encoder.endswith(".onnx") else None
+    return LocalModel(spec, folder, revision, files, onnx=onnx)
 
 
 # ---- runs
@@ -112,7 +119,7 @@ def locate(
 
 def _of_run(spec: ModelSpec, kind: str | None, how: Mapping[str, Any]) -> LocalModel:
     """Return what a run made; `how` is what `locate` was told."""
-    if kind == "captioner":
+    if kind in ("captioner", "onnx"):
         raise ModelError(f"{spec.text} is a diffusion model, no captioner", "choose another --model")
     found, home = trained.find(spec), how["home"]
     spec = replace(spec, text=found.address)
@@ -148,7 +155,7 @@ def _before(found: Trained, how: Mapping[str, Any]) -> LocalModel:
 
 def _one_file(spec: ModelSpec, kind: str | None, base: str | None, home: Path) -> LocalModel:
     """Return a model in one file. The file with its configs and tokenizers is what its revision stands for."""
-    if kind == "captioner":
+    if kind in ("captioner", "onnx"):
         raise UsageError(f"{spec.text} is a file, and a captioner is a folder", FORMS)
     assert spec.path is not None
     found = single_file.read(spec.path.absolute())
@@ -191,7 +198,7 @@ def own_folder(spec: ModelSpec, kind: str | None) -> Path:
     """Return the folder of a plugin's model, or the one that the user named."""
     if spec.path is not None:
         return spec.path.absolute()
-    folder = of_plugin(spec, kind).folder
+    folder = of_plugin(spec, "captioner" if kind == "onnx" else kind).folder
     if not folder.is_dir():
         raise ModelError(f"the folder of the model {spec.name} is missing: {folder}", "install its plugin again")
     return folder.absolute()
@@ -244,10 +251,13 @@ def kind_in(folder: Path) -> str:
     return kind_of_names(file_names(folder))
 
 
-def layout_of(folder: Path, where: str, kind: str | None, safety: bool = False) -> Files:
+def layout_of(folder: Path, where: str, kind: str | None, safety: bool = False, variant: str = "") -> Files:
     """Return which files of a folder are read."""
     if (kind or kind_in(folder)) == "diffusion":
         return pipelines.choose_in(folder, where, safety=safety)
+    names = exported.names_in(folder)
+    if kind == "onnx" or variant or (exported.variants(names) and not has_weights(names)):
+        return exported.choose(names, where, variant)
     return choose_in(folder, where)
 
 

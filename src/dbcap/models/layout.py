@@ -104,8 +104,7 @@ def choose(names: Collection[str], where: str) -> Choice:
         if PIPELINE in names:
             raise ModelError(f"{where} is a diffusion pipeline, no captioner", "choose another --model")
         raise ModelError(f"{where} has no {CONFIG}", "it does not hold a model that transformers can load")
-    vocabulary = (_TOKENIZER,) if _TOKENIZER in names else _VOCABULARIES
-    small = tuple(name for name in (CONFIG, *_SMALL, *vocabulary) if name in names)
+    small = small_of(names)
     for name, shards in _WEIGHTS:
         if name in names:
             parts = sorted(part for part in names if shards and re.fullmatch(shards, part))
@@ -115,6 +114,17 @@ def choose(names: Collection[str], where: str) -> Choice:
         f"{where} has no weights that dbcap reads (model.safetensors or pytorch_model.bin)",
         f"there is only {', '.join(others[:3])}" if others else "choose another --model or --revision",
     )
+
+
+def small_of(names: Collection[str]) -> tuple[str, ...]:
+    """Return a captioner's configuration and tokenizer among these files."""
+    vocabulary = (_TOKENIZER,) if _TOKENIZER in names else _VOCABULARIES
+    return tuple(name for name in (CONFIG, *_SMALL, *vocabulary) if name in names)
+
+
+def has_weights(names: Collection[str]) -> bool:
+    """Return whether weights that transformers reads are among these files."""
+    return any(name in names for name, _ in _WEIGHTS)
 
 
 def refuse_pickle(choice: Files, where: str, allow_pickle: bool) -> None:

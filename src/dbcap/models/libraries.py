@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -49,17 +48,6 @@ def quiet_libraries() -> Iterator[None]:
             log.enable_progress_bar()
         if of_diffusers:
             of_diffusers.setLevel(before)
-
-
-@contextlib.contextmanager
-def memory_errors(what: str, hint: str) -> Iterator[None]:
-    """Turn a lack of memory, for which torch has a RuntimeError on CPU and GPU, into one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("memory|alloc", str(error)):
-            raise
-        raise DbcapError(f"there is not enough memory for {what}", hint) from error
 
 
 def compile_module(module: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from dbcap.errors import ModelError, UsageError
+from dbcap.models import exported
 
 FORMS = (
     "a model is a name such as starter, a hub model ORG/NAME or ORG/NAME@REVISION, a folder such as ./model,"
@@ -40,6 +41,8 @@ class ModelSpec:
     revision: str = "main"
     """Branch, tag or commit on the hub; of a run a checkpoint's step, `last`, `best` or `final`."""
     path: Path | None = None
+    variant: str = ""
+    """Of a folder with ONNX files: the one that is named after it, as in ./model:int8."""
 
 
 def parse(text: str) -> ModelSpec:
@@ -47,7 +50,7 @@ def parse(text: str) -> ModelSpec:
 
     1. What begins with `run:` is what a run made, or one of its checkpoints.
     2. What looks like a path (`/x`, `./x`, `../x`, `~/x`, `x/`, `.`) is a folder or a single file, and so is what ends
-       with .safetensors; it must exist.
+       with .safetensors; it must exist. A folder with ONNX files may be followed by a variant, as in ./model:int8.
     3. A word without a slash is the name of a model that a plugin provides. Whether there is one is seen when the model
        is looked up; if there is none, a folder of that name is taken (see `named_or_folder`).
     4. With a slash inside, an existing folder wins; everything else is `org/name[@revision]` on the hub.
@@ -58,6 +61,8 @@ def parse(text: str) -> ModelSpec:
         raise UsageError(f"{text!r} is no model", FORMS)
     if text.startswith(OF_RUN):
         return _run(text)
+    if ":" in text and exported.split(text)[1]:
+        return _local(text)
     if text in (".", "..") or text.startswith(_PATH_STARTS) or text.endswith(("/", _ENDING)):
         return _local(text)
     if "/" not in text:
@@ -87,6 +92,9 @@ def _local(text: str) -> ModelSpec:
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
         return ModelSpec(text, "folder", path=path)
+    folder, variant = exported.split(os.path.expanduser(text))
+    if variant and os.path.isdir(folder):
+        return ModelSpec(text, "folder", path=Path(folder), variant=variant)
     if os.path.exists(path) and text.endswith(_ENDING):
         return ModelSpec(text, "file", path=path)
     if os.path.exists(path):

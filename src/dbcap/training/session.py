@@ -34,8 +34,8 @@ from dbcap.models.device import Choice
 from dbcap.models.families.sd import StableDiffusion
 from dbcap.models.hub import LocalModel
 from dbcap.models.identity import Identity
-from dbcap.models.libraries import memory_errors
 from dbcap.models.mapped import trim
+from dbcap.models.memory import memory_errors
 from dbcap.models.trained import pinned
 from dbcap.training import checkpoint, final, material, preflight, samples, settled, trainee
 from dbcap.training.data import Data, Drawing

@@ -1,0 +1,208 @@
+"""The ONNX engine: an exported captioner on ONNX Runtime, on the CPU. Nothing here imports torch.
+
+The encoder runs one image at a time: with int8 weights the rows of an image share a scale, so that no caption depends
+on the images beside it, and on a CPU several at once are no faster. The decoder's file is the one that other runtimes
+read; for the search its ends are changed as it is loaded. At its beginning, the keys and values that the encoder handed
+over as one tensor come in layer by layer, since taking a tensor apart is a copy, at every step; and the rows of the
+past are put in the search's order where they are read anyway. At its end, of all logits only what the search looks at
+is handed back. B images, R rows, T tokens, L layers, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import OrtValue, SessionOptions
+
+from dbcap.captioning.rules import Best, Ids
+from dbcap.errors import ModelError
+
+HANDED = "encoder_hidden_states"
+FOUND = ("tokens", "top_logits", "top_logprobs", "watched_logits", "watched_logprobs")
+"""The outputs that the search looks at: see `rules.Best`."""
+
+
+@dataclass
+class Cache:
+    """What a step reads."""
+
+    cross: list[OrtValue]
+    """2 L of (B, H, S D): keys, transposed, and values of the images."""
+    past: list[OrtValue]
+    """2 L of (R, H, T, D): those of the tokens so far, as the last step left them."""
+    rows: Ids
+    """Which of their rows stand where, since."""
+
+
+class OnnxEngine:
+    """Runs the two graphs of an exported captioner."""
+
+    leaves = True
+    """A row depends on no other one: neither do float32 products, nor those that quantise each row by itself."""
+
+    def __init__(self, encoder: Path, decoder: Path, threads: int) -> None:
+        """Load the two files. Raises ModelError where they are not what dbcap exports, or damaged."""
+        self._decoder = _session(decoder, threads, _for_search)
+        self._encoder = _session(encoder, threads)
+        past = [one for one in self._decoder.get_inputs() if one.name.startswith("past_key_values.")]
+        self._past = [one.name for one in past]
+        self._heads, self._size = past[0].shape[1], past[0].shape[3]
+        self._outputs = [*FOUND, *(name.replace("past_key_values", "present") for name in self._past)]
+
+    def encode(self, pixels: npt.NDArray[np.float32], width: int, length: int) -> Cache:  # noqa: ARG002
+        """Encode pixels (B, 3, H, W), and make the cache for B x `width` rows."""
+        images = len(pixels)
+        cross: list[npt.NDArray[np.float32]] = []
+        for place, image in enumerate(pixels):
+            (handed,) = self._encoder.run(None, {"pixel_values": image[None]})
+            cross = cross or [np.empty((images, *part.shape), np.float32) for part in handed[0]]
+            for whole, part in zip(cross, handed[0], strict=True):
+                whole[place] = part
+        empty = np.empty((images * width, self._heads, 0, self._size), np.float32)
+        past = [OrtValue.ortvalue_from_numpy(empty) for _ in self._past]
+        return Cache([OrtValue.ortvalue_from_numpy(one) for one in cross], past, np.arange(images * width))
+
+    def step(self, tokens: Ids, cache: Cache, best: int, watched: Ids) -> Best:
+        """Decode one token of each row (R,); see `search.Engine`."""
+        binding = self._decoder.io_binding()
+        vocabulary = self._vocabulary
+        small = {
+            "input_ids": tokens[:, None],
+            "rows": cache.rows,
+            "best": np.array([min(best, vocabulary)]),
+            "watched": np.maximum(watched, 0),
+        }
+        for name, array in small.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for number, value in enumerate(cache.cross):
+            binding.bind_ortvalue_input(f"cross.{number}", value)
+        for name, value in zip(self._past, cache.past, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name)
+        self._decoder.run_with_iobinding(binding)
+        found = binding.get_outputs()
+        cache.past, cache.rows = list(found[len(FOUND) :]), np.arange(len(tokens))
+        return Best(*(value.numpy() for value in found[: len(FOUND)]))
+
+    def reorder(self, cache: Cache, rows: Ids) -> None:
+        """Put old row `rows[i]` at row i; where there are fewer rows, whole images left."""
+        images = cache.cross[0].shape()[0]
+        width = len(cache.rows) // images
+        if len(rows) < len(cache.rows):
+            staying = rows[::width] // width
+            cache.cross = [OrtValue.ortvalue_from_numpy(value.numpy()[staying]) for value in cache.cross]
+        cache.rows = cache.rows[rows]
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self._decoder.get_modelmeta().custom_metadata_map["vocabulary"])
+
+
+def _session(path: Path, threads: int, change: Callable[[Any], None] | None = None) -> Any:
+    options = SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        model: Any = str(path)
+        if change:
+            loaded = onnx.load(path)
+            change(loaded)
+            model = loaded.SerializeToString()
+            del loaded
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # a class of its own for each kind of fault, all direct children of Exception
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path} cannot be loaded: {first}", "export the model again") from error
+
+
+# ---- the decoder's graph, for the search
+
+
+def _for_search(model: onnx.ModelProto) -> None:
+    """Change the ends of a decoder's graph, in place: see the top of this file."""
+    graph = model.graph
+    inputs = {value.name: value for value in graph.input}
+    if HANDED not in inputs or "use_cache_branch" in inputs:
+        raise ModelError("it is no decoder of dbcap's")
+    nodes = _order_rows(graph) + _by_layer(graph)
+    vocabulary = graph.output[0].type.tensor_type.shape.dim[2].dim_value
+    model.metadata_props.add(key="vocabulary", value=str(vocabulary))
+    nodes += _look(graph)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.input.remove(inputs[HANDED])
+
+
+def _by_layer(graph: Any) -> list[Any]:
+    """Make each layer's part of what the encoder hands over an input; returns all nodes, the Gathers replaced."""
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast" and node.input[0] == HANDED}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in (HANDED, *casts):
+            name = f"cross.{int(_value_of(graph, node.input[1]))}"
+            graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["images", "heads", "numbers"]))
+            # In float16 the graph converts what comes in.
+            cast = casts.get(node.input[0])
+            kind, how = ("Cast", {"to": cast.attribute[0].i}) if cast else ("Identity", {})
+            nodes.append(helper.make_node(kind, [name], list(node.output), name=name, **how))
+        elif node.output[0] not in casts:
+            nodes.append(node)
+    if any(HANDED in node.input for node in nodes):
+        raise ModelError(f"what it does with {HANDED} is not known")
+    return nodes
+
+
+def _value_of(graph: Any, name: str) -> Any:
+    for initializer in graph.initializer:
+        if initializer.name == name:
+            return numpy_helper.to_array(initializer)
+    raise ModelError(f"{name} is no constant")
+
+
+def _order_rows(graph: Any) -> list[Any]:
+    """Add the input `rows`, and read each past in their order."""
+    graph.input.append(helper.make_tensor_value_info("rows", TensorProto.INT64, ["batch_size"]))
+    past = [value.name for value in graph.input if value.name.startswith("past_key_values.")]
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name in past:
+                node.input[place] = f"{name}.ordered"
+    return [
+        helper.make_node("Gather", [name, "rows"], [f"{name}.ordered"], name=f"{name}.order", axis=0) for name in past
+    ]
+
+
+def _look(graph: Any) -> list[Any]:
+    """Take the `best` tokens and the `watched` ones out of the logits of the last token."""
+    for name, shape in (("best", [1]), ("watched", ["batch_size", "watched"])):
+        graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
+    for name, value in (("search.last", [-1]), ("search.axis", [1])):
+        graph.initializer.append(numpy_helper.from_array(np.array(value), name))
+    graph.initializer.append(numpy_helper.from_array(np.array(-1), "search.place"))
+    nodes = [
+        helper.make_node("Gather", ["logits", "search.place"], ["search.logits"], axis=1),
+        helper.make_node("TopK", ["search.logits", "best"], ["top_logits", "tokens"], axis=1),
+        helper.make_node("ReduceLogSumExp", ["search.logits", "search.axis"], ["search.sum"], keepdims=1),
+        helper.make_node("Sub", ["top_logits", "search.sum"], ["top_logprobs"]),
+        helper.make_node("GatherElements", ["search.logits", "watched"], ["watched_logits"], axis=1),
+        helper.make_node("Sub", ["watched_logits", "search.sum"], ["watched_logprobs"]),
+    ]
+    for node in nodes:
+        node.name = f"search.{node.op_type}.{node.output[0]}"
+    kept = [value for value in graph.output if value.name != "logits"]
+    del graph.output[:]
+    for name in FOUND:
+        kind = TensorProto.INT64 if name == "tokens" else TensorProto.FLOAT
+        graph.output.append(helper.make_tensor_value_info(name, kind, ["batch_size", name]))
+    graph.output.extend(kept)
+    return nodes

@@ -1,0 +1,1 @@
+"""Exporting models to the formats that other tools read."""

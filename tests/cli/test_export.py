@@ -1,0 +1,96 @@
+"""`dbcap export` as the shell sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dbcap_starter
+from dbcap.testing.models import write_tiny
+
+
+@pytest.fixture(scope="session")
+def starter_export(tmp_path_factory) -> Path:
+    """The starter captioner in all precisions, compared with float32 on its samples."""
+    folder = tmp_path_factory.mktemp("starter")
+    words = ["export", "starter", "--int8", "--int4", "--fp16", "--out", "e"]
+    done = subprocess.run([sys.executable, "-m", "dbcap", *words], cwd=folder, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "e\n"), done.stderr
+    (folder / "err").write_text(done.stderr)
+    return folder / "e"
+
+
+def test_the_proof_stands_in_the_table_and_in_the_manifest(starter_export):
+    told = json.loads((starter_export / "export.json").read_text())
+    assert told["model"]["name"] == "starter"
+    assert told["check"]["images"] == 24
+    for proof in told["check"]["variants"].values():
+        assert proof["captions"] >= 0.95
+        assert proof["next_tokens"] >= 0.98
+        assert proof["bleu_4"] >= 0.95
+        assert proof["cider_d"] >= 9
+        assert 20e6 < proof["memory"] < 1e9
+    files = {file["name"]: file for file in told["files"]}
+    assert files["onnx/decoder_model_merged_int8.onnx"]["ratio"] < 0.3
+    assert files["onnx/decoder_model_merged_q4.onnx"]["quantised"] == 1
+    assert set(files) == {f"onnx/{path.name}" for path in (starter_export / "onnx").iterdir()}
+    table = (starter_export.parent / "err").read_text()
+    assert all(words in table for words in ("ratio", "quant.", "decoder_model_merged_quantized.onnx"))
+
+
+def test_captions_are_those_of_torch_and_torch_is_not_imported(starter_export, tmp_path):
+    samples = dbcap_starter.samples()
+    script = (
+        "import sys\nfrom dbcap.cli.app import run\ncode = run(sys.argv[1:])\n"
+        "print({'torch', 'transformers', 'diffusers'} & set(sys.modules), code, file=sys.stderr)"
+    )
+    words = ["caption", str(samples), "--model", str(starter_export)]
+    done = subprocess.run([sys.executable, "-c", script, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.endswith("set() 0\n")
+    expected = [json.loads(line) for line in (samples / "metadata.jsonl").read_text().splitlines()]
+    said = {Path(path).name: caption for path, caption in (line.split("\t") for line in done.stdout.splitlines())}
+    assert sum(said[row["file_name"]] == row["text"] for row in expected) >= 23
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "nothing is asked for: add --onnx"),
+        (["a", "b", "--onnx"], "one model at a time"),
+        (["--onnx", "--no-fp32"], "--no-fp32 leaves nothing"),
+        (["--int8", "--layout", "optimum"], "--layout optimum takes one variant"),
+        (["--onnx", "--calibrate", "photos"], "--calibrate needs --int8"),
+        (["--onnx", "--no-check", "--max-drop", "0"], "--max-drop needs a check"),
+        (["--onnx", "--max-drop", "2"], "--max-drop"),
+        (["./nothing", "--onnx"], "no such folder"),
+    ],
+)
+def test_what_cannot_go_together_is_one_line(cli, project, words, said):
+    result = cli("export", *words)
+    assert result.code in (1, 2)
+    assert said in result.error
+    assert not list(project.iterdir())
+
+
+def test_what_is_there_is_refused_before_anything_is_loaded(cli, project):
+    (project / "starter-export").mkdir()
+    (project / "starter-export" / "mine").write_text("mine")
+    for words in ((), ("--force",)):
+        result = cli("export", "starter", "--onnx", *words)
+        assert result.code == 2
+        assert "starter-export" in result.error
+    assert os.listdir(project / "starter-export") == ["mine"]
+
+
+def test_more_changed_captions_than_allowed_leave_nothing(cli, project, tmp_path):
+    write_tiny(tmp_path / "model")  # random weights: near ties everywhere
+    words = ("--int4", "--no-fp32", "--check-images", str(dbcap_starter.samples()), "--out", "e")
+    result = cli("export", str(tmp_path / "model"), *words, "--max-drop", "0")
+    assert result.code == 1
+    assert "of the captions of q4 differ" in result.error
+    assert not list(project.iterdir())
