@@ -16,11 +16,14 @@ $(READY): pyproject.toml constraints.txt plugins/dbcap-starter/pyproject.toml
 demo: $(READY)  ## caption images with the model that comes along
 	$(BIN)/python docs/demo.py
 
+# A file of tests stays in one process, for its fixtures; each process has one thread, so that they do not wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --dist loadfile
+
 test: $(READY)  ## everything but the slow tests
-	$(BIN)/pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)  ## the slow tests too
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 check: $(READY)  ## what must hold of the code: format, lint, types, import direction, generated docs
 	$(BIN)/ruff format --check

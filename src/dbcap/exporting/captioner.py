@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dbcap import images
 from dbcap.captioning.loading import foreign_settings, load_weights
 from dbcap.captioning.preprocessing import Preprocessing
 from dbcap.errors import ModelError
-from dbcap.exporting import calibrate, graphs, quantise
+from dbcap.exporting import calibrate, graphs, onnx_file, quantise
 from dbcap.exporting.quantise import LEAST_SHARE, Ranges, Share
 from dbcap.models.exported import EXTERNAL, FOLDER, files_of
 from dbcap.models.hub import LocalModel
@@ -68,6 +68,7 @@ class CaptionerExport:
         self._config = self._model.config
         self._generation = self._model.generation_config
         self._encoder, self._decoder = graphs.make(self._model, self._name)
+        self._release()
 
     def write(self, folder: Path, variants: Sequence[str], layout: str, calibration: Sequence[str]) -> list[Written]:
         """Write everything; the encoder is quantised by what it makes of the `calibration` images, if there are any.
@@ -112,8 +113,13 @@ class CaptionerExport:
                     f"{self._name}: only {share.of_all:.0%} of the weights of {path.name} could be quantised",
                     "its layers are of a kind that dbcap does not know; export it with --onnx",
                 )
-        _save(model, path, half=variant == "fp16")
+        self._release()
+        _save(model, path, self._release, half=variant == "fp16")
         return Written(_inside(path, folder), variant, share)
+
+    def _release(self) -> None:
+        """Give back what was read of the file: its weights count as memory as soon as they are looked at."""
+        self._weights.release()
 
     def _write_rest(self, folder: Path, external: Iterable[Path]) -> None:
         """Write configuration, tokenizer and processor, with all that runtimes would otherwise take from defaults."""
@@ -153,15 +159,17 @@ def _link(path: Path, other: Path) -> None:
         shutil.copyfile(path, other)
 
 
-def _save(model: ir.Model, path: Path, half: bool) -> None:
+def _save(model: ir.Model, path: Path, release: Callable[[], None], half: bool) -> None:
     if half:
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
         with quiet_libraries():
             model = ir.from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=True))
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    external = f"{path.name}{EXTERNAL}" if size > LARGEST else None
-    ir.save(model, path, external_data=external)
+    if size > LARGEST:
+        ir.save(model, path, external_data=f"{path.name}{EXTERNAL}")
+    else:
+        onnx_file.save(model, path, release)
 
 
 def _compare_preprocessing(processor: Any, config: dict[str, Any], name: str) -> None:

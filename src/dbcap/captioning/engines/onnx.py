@@ -61,8 +61,10 @@ class OnnxEngine:
         """Encode pixels (B, 3, H, W), and make the cache for B x `width` rows."""
         images = len(pixels)
         cross: list[npt.NDArray[np.float32]] = []
+        handed: Any = None
         for place, image in enumerate(pixels):
-            (handed,) = self._encoder.run(None, {"pixel_values": image[None]})
+            if not place or not np.array_equal(image, pixels[place - 1]):  # batches are filled up by repetition
+                (handed,) = self._encoder.run(None, {"pixel_values": image[None]})
             cross = cross or [np.empty((images, *part.shape), np.float32) for part in handed[0]]
             for whole, part in zip(cross, handed[0], strict=True):
                 whole[place] = part
