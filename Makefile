@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check style bench docs clean
+.PHONY: demo test test-all test-interop check style bench docs clean
 
 $(READY): pyproject.toml constraints.txt plugins/dbcap-starter/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dbcap needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
@@ -20,10 +20,13 @@ demo: $(READY)  ## caption images with the model that comes along
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --dist loadfile
 
 test: $(READY)  ## everything but the slow tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not interop"
 
 test-all: $(READY)  ## the slow tests too
-	$(PYTEST)
+	$(PYTEST) -m "not interop"
+
+test-interop: $(READY)  ## run exported models in transformers.js and Optimum; needs Node and package registries
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/interop
 
 check: $(READY)  ## what must hold of the code: format, lint, types, import direction, generated docs
 	$(BIN)/ruff format --check
@@ -43,5 +46,5 @@ docs: $(READY)  ## write docs/commands/*.md and docs/config.md from the code
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf .venv bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .interop bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
