@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 import dbcap_starter
 from dbcap.testing.models import write_tiny
+from dbcap.testing.processes import until
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +96,22 @@ def test_more_changed_captions_than_allowed_leave_nothing(cli, project, tmp_path
     assert result.code == 1
     assert "of the captions of q4 differ" in result.error
     assert not list(project.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_nothing_under_the_name(tmp_path, number):
+    words = [sys.executable, "-m", "dbcap", "export", "starter", "--int8", "--no-check", "--out", "e"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=_take_interrupts)
+    until(lambda: list(tmp_path.glob(".e.*.tmp/e")))
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert not (tmp_path / "e").exists()
+    if number != signal.SIGKILL:
+        assert process.returncode == 128 + number
+        assert "nothing was written to e" in said
+        assert not list(tmp_path.iterdir())
+
+
+def _take_interrupts() -> None:
+    """A shell's background job ignores them, and so would a process that this one starts there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

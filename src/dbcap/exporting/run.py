@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from dbcap import __version__
 from dbcap.config.models import CommonConfig, ExportConfig
 from dbcap.config.paths import cache_dir
-from dbcap.errors import DbcapError
+from dbcap.errors import SIGINT, DbcapError, Interrupted
 from dbcap.events import Events
 from dbcap.exporting.publish import MANIFEST, refuse, whole_folder
 from dbcap.files import sha256_of
+from dbcap.inputs import shown
 from dbcap.models import cpu, hub
 
 if TYPE_CHECKING:
@@ -63,7 +64,11 @@ def run(config: ExportConfig, common: CommonConfig, events: Events, captioner: s
     out = Path(config.out) if config.out else Path(f"{_name_of(text)}-export")
     refuse(out, config.force)
     local = hub.locate(text, offline=common.offline, allow_pickle=common.allow_pickle, events=events, home=cache_dir())
-    return _captioner(config, common, events, local, out)
+    try:
+        return _captioner(config, common, events, local, out)
+    except (KeyboardInterrupt, Interrupted) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else SIGINT
+        raise Interrupted(code, f"nothing was written to {shown(str(out))}") from None
 
 
 def _name_of(text: str) -> str:
