@@ -68,7 +68,8 @@ def test_load_tells_what_was_loaded(starter, tiny_captioner):
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"engine": "onyx"}, "there is no engine 'onyx'; the engines are auto and torch"),
+        ({"engine": "onyx"}, "there is no engine 'onyx'; did you mean onnx?"),
+        ({"engine": "jax"}, "there is no engine 'jax'; the engines are auto, torch, onnx"),
         ({"engine": "touch"}, "there is no engine 'touch'; did you mean torch?"),
         ({"device": "gpu"}, "there is no device 'gpu'"),
         ({"dtype": torch.float64}, "there is no dtype 'float64'"),

@@ -165,6 +165,7 @@ def _save(model: ir.Model, path: Path, release: Callable[[], None], half: bool) 
 
         with quiet_libraries():
             model = ir.from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=True))
+            model.graph.sort()  # the conversion appends nodes that others need before
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     if size > LARGEST:
         ir.save(model, path, external_data=f"{path.name}{EXTERNAL}")
