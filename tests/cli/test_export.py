@@ -79,6 +79,20 @@ def test_what_cannot_go_together_is_one_line(cli, project, words, said):
     assert not list(project.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--check-images", "--calibrate"])
+def test_images_that_cannot_be_read_are_named_before_anything_is_loaded(cli, project, flag):
+    (project / "p").mkdir()
+    (project / "p" / "x.png").write_bytes(next(dbcap_starter.samples().glob("*.png")).read_bytes()[:600])
+    for folder, said in (("p", "p/x.png: is truncated"), ("nothing", "no such file: nothing")):
+        result = cli(
+            "export", "starter", "--int8", flag, folder, *(() if flag == "--check-images" else ("--no-check",))
+        )
+        assert result.code == 2
+        assert said in result.error
+        assert "holds" not in result.error
+    assert not (project / "starter-export").exists()
+
+
 def test_what_is_there_is_refused_before_anything_is_loaded(cli, project):
     (project / "starter-export").mkdir()
     (project / "starter-export" / "mine").write_text("mine")

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dbcap import images
 from dbcap.captioning import metrics
-from dbcap.errors import DbcapError, UsageError
+from dbcap.errors import DbcapError, InputError, UsageError
 from dbcap.events import Events
 from dbcap.exporting.trial import Task, Trial
 from dbcap.inputs import discover, shown
@@ -49,8 +50,18 @@ def check_images(folder: str | None) -> list[str]:
 
 
 def images_in(folder: str, fewest: int) -> list[str]:
-    """Return the images in a folder. Raises UsageError where there are too few."""
-    found = [source.name for source in discover([folder]).sources if not source.error]
+    """Return the images in a folder, all of them readable. Raises UsageError where there are too few, or by name."""
+    found = []
+    for source in discover([folder]).sources:
+        try:
+            if source.error:
+                raise source.error
+            images.read(source.name)
+        except InputError as error:
+            name = shown(source.name)
+            said = error.message if name in error.message else f"{name}: {error.message}"
+            raise UsageError(said, error.hint) from error
+        found.append(source.name)
     if len(found) < fewest:
         raise UsageError(
             f"{shown(folder)} holds {len(found)} images, and at least {fewest} are needed", "choose another folder"
@@ -58,19 +69,19 @@ def images_in(folder: str, fewest: int) -> list[str]:
     return found
 
 
-def baseline(model: str, images: Sequence[str], allow_pickle: bool) -> Trial:
+def baseline(model: str, pictures: Sequence[str], allow_pickle: bool) -> Trial:
     """Caption images with the model as it is, in float32 on torch."""
-    return _try(Task(model, "auto", tuple(images), allow_pickle=allow_pickle), model)
+    return _try(Task(model, "auto", tuple(pictures), allow_pickle=allow_pickle), model)
 
 
 def prove(
-    variants: Sequence[str], folder: Path, images: Sequence[str], before: Trial, events: Events
+    variants: Sequence[str], folder: Path, pictures: Sequence[str], before: Trial, events: Events
 ) -> dict[str, Proof]:
     """Compare each variant in a folder with what `baseline` gave."""
     proofs = {}
     with events.track("Comparing captions", len(variants), "variants") as tracker:
         for variant in variants:
-            after = _try(Task(f"{folder}:{variant}", "onnx", tuple(images), before.greedy), variant)
+            after = _try(Task(f"{folder}:{variant}", "onnx", tuple(pictures), before.greedy), variant)
             proofs[variant] = _compared(before, after)
             tracker.advance()
     return proofs
