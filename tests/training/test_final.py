@@ -21,12 +21,12 @@ from transformers import AutoTokenizer, CLIPTextModel
 from dbcap.cli.app import run as command
 from dbcap.config.training import TrainConfig
 from dbcap.errors import DbcapError
-from dbcap.models import families, identity, single_file
+from dbcap.models import families, folders, identity, single_file, tensors
 from dbcap.models.hub import LocalModel
 from dbcap.models.identity import Identity
 from dbcap.models.specs import parse
 from dbcap.testing.diffusion import write_diffusion
-from dbcap.training import adapters, final, tensors
+from dbcap.training import adapters, final
 
 QUICK = ["--steps", "3", "--guidance", "2", "--dtype", "float32", "--no-progress"]
 REX = Identity("sks", "dog")
@@ -259,7 +259,7 @@ def test_an_earlier_folder_is_replaced_in_the_end(tiny_diffusion, tmp_path, monk
     (folder / "old").mkdir(parents=True)
     seen = []
     save = tensors.save_file
-    monkeypatch.setattr(final, "save_file", lambda *given: (seen.append(list(folder.iterdir())), save(*given)))
+    monkeypatch.setattr(folders, "save_file", lambda *given: (seen.append(list(folder.iterdir())), save(*given)))
     write_full(local(tiny_diffusion), trained(tiny_diffusion), folder)
     assert seen == [[folder / "old"]] * 2
     assert not (folder / "old").exists()
@@ -271,7 +271,7 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("place", ["save_file", "sync_tree"])
+@pytest.mark.parametrize("place", [(folders, "save_file"), (final, "sync_tree")])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_full_disk_leaves_what_was_there(place, earlier, tiny_diffusion, tmp_path, monkeypatch):
     folder = tmp_path / "run" / "final"
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_what_was_there(place, earlier, tiny_diffusion, tmp_p
         folder.parent.mkdir()
     before = files_in(folder.parent)
     weights = trained(tiny_diffusion)
-    monkeypatch.setattr(final, place, full_disk)
+    monkeypatch.setattr(*place, full_disk)
     with pytest.raises(DbcapError) as failure:
         write_full(local(tiny_diffusion), weights, folder)
     assert str(failure.value) == (

@@ -162,10 +162,7 @@ def _open_model(
     torch.set_num_threads(choice.threads)
     family = families.load(local, choice.device, choice.dtype)
     for one in given.additions:
-        if one.embedding:
-            family.add_embedding(one.path)
-        else:
-            family.add_lora(one.path, one.scale)
+        family.add(one)
     return family, choice
 
 

@@ -24,6 +24,10 @@ class Identity:
     identifier: str | None = None
     class_word: str | None = None
 
+    def document(self) -> dict[str, str | None]:
+        """Return what files hold of it."""
+        return {"identifier": self.identifier, "class": self.class_word}
+
 
 def of_folder(folder: Path) -> Identity:
     """Read a model folder. Raises ModelError for a damaged file."""

@@ -91,7 +91,7 @@ class Lora:
         Raises UsageError for a module that it has not, or of another shape, and for one that the file has twice.
         """
         layers = {
-            _flat(name): layer
+            flat(name): layer
             for path, layer in module.named_modules()
             if isinstance(layer, nn.Linear | nn.Conv2d)
             for name in (path, also.get(path, path))
@@ -134,7 +134,7 @@ def read(path: Path, scale: float, has: Mapping[str, bool]) -> Lora:
                 part, module, kind = _place(key, path)
                 if not has.get(part):
                     raise UsageError(f"{path}: {key} is for a {part}, which this model has not", "use another model")
-                pair = lora.parts.setdefault(part, {}).setdefault(_flat(module), _Pair(module))
+                pair = lora.parts.setdefault(part, {}).setdefault(flat(module), _Pair(module))
                 if getattr(pair, kind) is not None:
                     raise UsageError(f"{path}: {key} is in it a second time, by another name", _TWICE)
                 setattr(pair, kind, _sound(key, kind, file.get_tensor(key), path))
@@ -201,7 +201,8 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, _Config]:
     return found
 
 
-def _flat(name: str) -> str:
+def flat(name: str) -> str:
+    """Return a module's path with underscores for dots, as kohya writes it, and without `text_model` in front."""
     return name.replace(".", "_").removeprefix("text_model_")
 
 

@@ -17,6 +17,18 @@ from dbcap.models.mapped import MappedWeights
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
+_OF_TEXT_ENCODER = ("embeddings.", "encoder.", "final_layer_norm.")
+
+
+def published(name: str) -> str:
+    """Return how files name a weight or a module of a denoiser or a text encoder.
+
+    transformers has dropped `text_model.` in front of those of CLIP's text encoder, and reads names with and without
+    it; all other programs know them with it.
+    """
+    return f"text_model.{name}" if name.startswith(_OF_TEXT_ENCODER) else name
+
+
 def diffusers_model(
     kind: Any, config: Mapping[str, Any], weights: MappedWeights, where: str, dtype: torch.dtype
 ) -> Any:

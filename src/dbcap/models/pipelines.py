@@ -110,6 +110,11 @@ def small(names: Collection[str], *, safety: bool = False) -> tuple[str, ...]:
     return tuple(found)
 
 
+def weights_of(part: str) -> str:
+    """Return where diffusers writes the weights of a part."""
+    return f"{part}/{'diffusion_pytorch_model' if part in ('unet', 'vae') else 'model'}.safetensors"
+
+
 def describes(folder: Path, parts: Collection[str]) -> bool:
     """Return whether a folder has the configs and tokenizers of these parts, whatever weights it has."""
     names = small_in(folder)

@@ -213,12 +213,7 @@ def _links(found: Trained, base: LocalModel, safety: bool) -> dict[str, Path]:
         kept = [name for part, files in choice.weights.items() if part not in found.weights for name in files]
         names = (*choice.small, *kept)
     links = {name: (base.folder / name).resolve() for name in names}
-    return links | {_place(part): path.resolve() for part, path in found.weights.items()}
-
-
-def _place(part: str) -> str:
-    """Return where diffusers has the weights of a part."""
-    return f"{part}/{'diffusion_pytorch_model' if part in ('unet', 'vae') else 'model'}.safetensors"
+    return links | {pipelines.weights_of(part): path.resolve() for part, path in found.weights.items()}
 
 
 def _unpack(base: LocalModel, part: str, config: Mapping[str, Any], folder: Path) -> None:
@@ -230,4 +225,4 @@ def _unpack(base: LocalModel, part: str, config: Mapping[str, Any], folder: Path
     assert base.single is not None
     weights = OriginalWeights(base.single, part, config)
     state = {name: tensor.contiguous() for name, tensor in weights.tensors(weights.dtype).items()}
-    save_file(state, folder / _place(part), {"format": "pt"})
+    save_file(state, folder / pipelines.weights_of(part), {"format": "pt"})

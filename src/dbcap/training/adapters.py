@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dbcap.errors import UsageError
+from dbcap.models.parts import published
 from dbcap.training import randomness
 
 _ATTENTION = (
@@ -26,16 +27,6 @@ _ATTENTION = (
 _UNET, _ADAPTER = "unet", "default"
 _HEADER = "lora_adapter_metadata"
 """Where diffusers, and `models.lora`, look for alpha in the header of a file."""
-_OF_TEXT_ENCODER = ("embeddings.", "encoder.", "final_layer_norm.")
-
-
-def published(name: str) -> str:
-    """Return how files name a weight or a module of a denoiser or a text encoder.
-
-    transformers has dropped `text_model.` in front of those of CLIP's text encoder, and reads names with and without
-    it; all other programs know them with it.
-    """
-    return f"text_model.{name}" if name.startswith(_OF_TEXT_ENCODER) else name
 
 
 # ---- LoRA

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from dbcap.errors import DbcapError
 from dbcap.files import sha256_of, sync_folder
+from dbcap.models.tensors import save_file
 from dbcap.runs import BEST, STATE, Run
-from dbcap.training.tensors import save_file
 
 OPTIMIZER = "optimizer.safetensors"
 WEIGHTS, AVERAGE = "weights", "ema"

@@ -15,28 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
-from dbcap.errors import DbcapError, ModelError
+from dbcap.errors import DbcapError
 from dbcap.files import sync_folder, sync_tree
-from dbcap.models import pipelines
+from dbcap.models import folders
 from dbcap.models.families.description import Description
-from dbcap.models.families.original import from_original
+from dbcap.models.folders import write_json
 from dbcap.models.identity import HEADER, Identity
-from dbcap.models.layout import CONFIG, PIPELINE, read_object
-from dbcap.models.pipelines import CHECKER, IDENTITY
-from dbcap.models.single_file import TEXTS, UNET, VAE
-from dbcap.training.adapters import published
-from dbcap.training.tensors import save_file
+from dbcap.models.pipelines import IDENTITY
+from dbcap.models.tensors import save_file
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
 
 CARD = "README.md"
-_PLAIN = {"format": "pt"}
-_NONE = [None, None]
-"""How model_index.json says that there is no such part."""
 State = Mapping[str, torch.Tensor]
 
 
@@ -60,26 +53,8 @@ def write_full(
     `local`, which `family` describes, has it, number for number, out of one file too; but configs that name a format of
     numbers name float32. Raises DbcapError where it cannot be written.
     """
-    choice = _files(local)
-    assert weights.keys() <= choice.weights.keys()
     with _replacing(folder) as new:
-        for name in choice.small:
-            (new / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(local.folder / name, new / name)
-        for part in choice.weights:
-            path = new / part / _weights_name(part)
-            if part in weights:
-                _save({published(name): one.float() for name, one in weights[part].items()}, path, _PLAIN)
-            elif local.single:
-                _save(_unpacked(local, part, family.config(part)), path, _PLAIN)
-            else:
-                _copy(local.folder / part, path)
-            _say_float32(new / part / CONFIG)
-        if local.single:
-            config = read_object(local.folder / "unet" / CONFIG) | {"in_channels": local.single.in_channels}
-            _write_json(new / "unet" / CONFIG, config)
-        _write_json(new / PIPELINE, _index(new))
-        _write_json(new / IDENTITY, _said(identity))
+        folders.write(local, family.config, weights, new, identity)
         (new / CARD).write_text(card, "utf-8")
 
 
@@ -92,14 +67,10 @@ def write_adapter(
     Raises DbcapError where it cannot be written.
     """
     with _replacing(path.parent) as new:
-        said = {**_PLAIN, **header, HEADER: json.dumps(_said(identity), ensure_ascii=False)}
-        _save({name: one.float() for name, one in tensors.items()}, new / path.name, said)
-        _write_json(new / IDENTITY, {**_said(identity), "base": dict(base)})
+        said = {"format": "pt", **header, HEADER: json.dumps(identity.document(), ensure_ascii=False)}
+        save_file({name: one.float() for name, one in tensors.items()}, new / path.name, said)
+        write_json(new / IDENTITY, {**identity.document(), "base": dict(base)})
         (new / CARD).write_text(card, "utf-8")
-
-
-def _said(identity: Identity) -> dict[str, Any]:
-    return {"identifier": identity.identifier, "class": identity.class_word}
 
 
 # ---- files
@@ -133,72 +104,6 @@ def _tidy(folder: Path, new: Path, old: Path) -> None:
         old.rename(folder)
     for one in (new, old):
         shutil.rmtree(one, ignore_errors=True)
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _save(state: State, path: Path, header: Mapping[str, str]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    save_file(state, path, header)
-
-
-# ---- a pipeline
-
-
-def _files(local: LocalModel) -> pipelines.PipelineFiles:
-    """Return which small files and parts the new pipeline has: a safety checker where it is here."""
-    if local.single:
-        return pipelines.PipelineFiles(pipelines.small_in(local.folder), dict.fromkeys(local.single.parts, ()))
-    try:
-        choice = pipelines.choose_in(local.folder, local.spec.text, safety=True)
-    except ModelError:  # the hub's cache has one only where it was asked for
-        choice = pipelines.choose_in(local.folder, local.spec.text)
-    return choice
-
-
-def _weights_name(part: str) -> str:
-    return f"{'diffusion_pytorch_model' if part in ('unet', 'vae') else 'model'}.safetensors"
-
-
-def _copy(part: Path, path: Path) -> None:
-    """Give `path` the weights of a part, whatever their file is called and in how many it is."""
-    files = pipelines.weight_files(part)
-    if len(files) == 1:
-        shutil.copyfile(files[0], path)
-    else:
-        _save({name: one for file in files for name, one in load_file(file).items()}, path, _PLAIN)
-
-
-def _unpacked(local: LocalModel, part: str, config: Mapping[str, Any]) -> State:
-    """Return the weights of a part that are in one file with all others."""
-    assert local.single is not None
-    start = {"unet": UNET, "vae": VAE, **TEXTS[local.single.kind]}[part]
-    with safe_open(local.single.path, "pt") as file:
-        # As it has them: a file of float16 may have an autoencoder of float32.
-        state = {key: file.get_tensor(key) for key in file.keys() if key.startswith(start)}  # noqa: SIM118
-    found = from_original(local.single.kind, {part: config}, state)[part]
-    return found if part == "vae" else {published(name): one for name, one in found.items()}
-
-
-def _say_float32(path: Path) -> None:
-    """Have transformers load a part in float32, as diffusers does its own: by default it takes what the config says."""
-    config = read_object(path)
-    told = {key: "float32" if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
-    if told != config:
-        _write_json(path, told)
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """Return model_index.json without the parts that are not here, which diffusers would look for."""
-    index = read_object(folder / PIPELINE)
-    for name, value in index.items():
-        if isinstance(value, list) and not (folder / name).is_dir():
-            index[name] = _NONE
-    if index.get(CHECKER) == _NONE:
-        index["requires_safety_checker"] = False
-    return index
 
 
 # ---- the card

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save
 from transformers import AutoTokenizer, CLIPTextModel
 
-from dbcap.errors import ModelError
-from dbcap.files import open_atomic
-from dbcap.models import denoiser, embeddings, lora, parts
+from dbcap.errors import ModelError, UsageError
+from dbcap.models import denoiser, embeddings, lora, parts, tensors
 from dbcap.models.embeddings import Embedding
 from dbcap.models.families.description import Description
 from dbcap.models.families.original import OriginalWeights, to_original, unet_names
 from dbcap.models.libraries import clear_errors, compile_module
 from dbcap.models.lora import Lora
 from dbcap.models.mapped import MappedWeights, trim
-from dbcap.models.pipelines import small_in, weight_files
+from dbcap.models.pipelines import IDENTITY, small_in, weight_files
 from dbcap.models.safety import SafetyChecker
 from dbcap.models.single_file import FILES
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
+    from dbcap.models.trained import Addition
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ class StableDiffusion(Description):
         self._compiles = False
         self._loras: list[Lora] = []
         self._embeddings: list[Embedding] = []
+
+    def add(self, one: Addition) -> None:
+        """Take a LoRA or embedding file, before a part is loaded. Raises UsageError for one that does not fit."""
+        if one.embedding:
+            self.add_embedding(one.path)
+        else:
+            self.add_lora(one.path, one.scale)
 
     def add_lora(self, path: Path, scale: float) -> None:
         """Take a LoRA file, before a part is loaded. Raises UsageError for one that does not fit."""
@@ -137,15 +144,7 @@ class StableDiffusion(Description):
 
     def _text_encoders(self) -> list[Any]:
         if self._encoders is None:
-            self._encoders = []
-            for _, encoder, kind in self.text_parts:
-                model = self._plain(encoder, kind, self.dtype)
-                for one in self._loras:
-                    one.merge(encoder, model)
-                for new in self._embeddings:
-                    place = len(self._encoders)
-                    new.give(place, self.tokenizers[place], model)
-                self._encoders.append(model)
+            self._encoders = [self.plain(encoder, self.dtype) for _, encoder, _ in self.text_parts]
         return self._encoders
 
     def release_text(self) -> None:
@@ -158,10 +157,7 @@ class StableDiffusion(Description):
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        model = self._plain("unet", UNet2DConditionModel, self.dtype)
-        names = unet_names(model) if self._loras else {}
-        for one in self._loras:
-            one.merge("unet", model, names)
+        model = self.plain("unet", self.dtype)
         if self.device.type == "cpu" and not self._compiles:  # the compiler packs layers itself
             denoiser.speed_up(model, self._release)
         model = model.to(memory_format=torch.channels_last)
@@ -173,19 +169,40 @@ class StableDiffusion(Description):
 
         Its weights are copies, without gradients yet.
         """
-        kinds = {"unet": UNet2DConditionModel, **{encoder: kind for _, encoder, kind in self.text_parts}}
-        model = self._plain(part, kinds[part], dtype)
+        model = self._plain(part, self._kinds[part], dtype)
         with torch.no_grad():
             for parameter in model.parameters():  # the file's pages are nobody's to write to
                 parameter.data = parameter.data.clone(memory_format=torch.preserve_format)
         self._release()
         return model.to(memory_format=torch.channels_last) if part == "unet" else model
 
-    def _plain(self, part: str, kind: Any, dtype: torch.dtype) -> Any:
-        """Load a part on the device; only the denoiser is of diffusers' making here."""
+    @property
+    def _kinds(self) -> dict[str, Any]:
+        """The parts with weights of their own, and their classes."""
+        texts = {encoder: kind for _, encoder, kind in self.text_parts}
+        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, **texts}
+
+    def plain(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """Return a part as the library defines it, with what was added to it; in the file's number format if None.
+
+        Its weights are the file's own where nothing was added to them, and not to be written to.
+        """
+        model = self._plain(part, self._kinds[part], dtype)
+        names = unet_names(model) if part == "unet" and self._loras else {}
+        for one in self._loras:
+            one.merge(part, model, names)
+        for place, (_, encoder, _) in enumerate(self.text_parts):
+            for new in self._embeddings:
+                if encoder == part:
+                    new.give(place, self.tokenizers[place], model)
+        return model
+
+    def _plain(self, part: str, kind: Any, dtype: torch.dtype | None) -> Any:
+        """Load a part on the device, as its files have it."""
         weights, called = self._weights(part), self._called(part)
-        if kind is UNet2DConditionModel:
-            model = parts.diffusers_model(kind, self.unet_config, weights, called, dtype)
+        dtype = dtype or weights.dtype
+        if part in ("unet", "vae"):
+            model = parts.diffusers_model(kind, self.config(part), weights, called, dtype)
         else:
             model = parts.transformers_model(kind, self.folder / part, weights, called, dtype)
         return model.to(self.device)
@@ -213,9 +230,7 @@ class StableDiffusion(Description):
         """The autoencoder. In float16 SDXL's overflows, so there it runs in float32, as its config asks."""
         upcast = self.dtype == torch.float16 and self.vae_config["force_upcast"]
         dtype = torch.float32 if upcast else self.dtype
-        weights, config = self._weights("vae"), self.vae_config
-        model = parts.diffusers_model(AutoencoderKL, config, weights, self._called("vae"), dtype)
-        return model.to(self.device, memory_format=torch.channels_last)
+        return self.plain("vae", dtype).to(memory_format=torch.channels_last)
 
     @cached_property
     def safety(self) -> SafetyChecker | None:
@@ -247,29 +262,25 @@ class StableDiffusion(Description):
         """Which of the original layouts it has: "sd1" or "sd2", by whose text encoder it is, CLIP's or OpenCLIP's."""
         return "sd1" if self.config("text_encoder").get("hidden_act") == "quick_gelu" else "sd2"
 
-    def write_single_file(self, path: Path) -> None:
-        """Write the model, without what was added, as one file; with its configs and tokenizers in the header.
+    def write_single_file(
+        self, path: Path, half: bool = False, header: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Write the model, with LoRA merged, as one file; with its configs and tokenizers in the header.
 
-        Raises ModelError for a part that such files have no place for, OSError where it cannot be written.
+        Numbers stay as they are, or become float16. Raises ModelError for a part that such files have no place for and
+        for a weight too large for float16, UsageError for an embedding, OSError where it cannot be written.
         """
-        names = {
-            "unet": UNet2DConditionModel,
-            "vae": AutoencoderKL,
-            **{name: kind for _, name, kind in self.text_parts},
-        }
-        configs = {part: self.config(part) for part in names}
-        states = {}
-        for part, kind in names.items():
-            weights, called = self._weights(part), self._called(part)
-            if part in ("unet", "vae"):
-                module = parts.diffusers_model(kind, configs[part], weights, called, weights.dtype)
-            else:
-                module = parts.transformers_model(kind, self.folder / part, weights, called, weights.dtype)
-            states[part] = module.state_dict()
+        if self._embeddings:
+            one = self._embeddings[0].path
+            raise UsageError(f"a single file has no place for the word of {one}", f"give {one} to users beside it")
+        states = {part: self.plain(part).state_dict() for part in self._kinds}
+        state = to_original(self.original_kind, {part: self.config(part) for part in states}, states)
         files = {name: (self.folder / name).read_text("utf-8") for name in small_in(self.folder)}
-        state = to_original(self.original_kind, configs, states)
-        with open_atomic(path) as file:
-            file.write(save(state, {"format": "pt", FILES: json.dumps(files)}))
+        if self._local.trained:
+            files[IDENTITY] = json.dumps(self._local.trained.identity.document())
+        if half:
+            state = {name: tensors.halved(one, f"{name} of {self.name}") for name, one in state.items()}
+        tensors.save_file(state, path, {"format": "pt", FILES: json.dumps(files), **header})
 
     def predict(self, latents: torch.Tensor, time: torch.Tensor, conditions: Sequence[Condition]) -> torch.Tensor:
         """Run the denoiser: latents (B, C, H, W) float32, B conditions of one length -> (B, C, H, W) float32."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import torch as safetensors
 
+from dbcap.errors import ModelError
+
 _METADATA = "__metadata__"
 
 
@@ -33,3 +35,13 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path, header: Mapping[s
         assert len(text) <= size
         file.seek(8)
         file.write(text.ljust(size))
+
+
+def halved(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a tensor of floating-point numbers in float16, others as they are. Raises ModelError, naming it."""
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    if not torch.isfinite(half).all():
+        raise ModelError(f"{name} has numbers too large for float16", "leave out --fp16")
+    return half

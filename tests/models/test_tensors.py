@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load
 
-from dbcap.training.tensors import save_file
+from dbcap.models.tensors import save_file
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
