@@ -70,6 +70,15 @@ def test_captions_are_those_of_torch_and_torch_is_not_imported(starter_export, t
         (["--onnx", "--no-check", "--max-drop", "0"], "--max-drop needs a check"),
         (["--onnx", "--max-drop", "2"], "--max-drop"),
         (["./nothing", "--onnx"], "no such folder"),
+        (["--single-file", "--onnx"], "--single-file and --onnx do not go together"),
+        (["--single-file", "--int8"], "--single-file and --int8 do not go together"),
+        (["--lora", "kohya", "--fp16"], "--lora and --fp16 do not go together"),
+        (["--torch-bnb4", "--torch-bnb8"], "--torch-bnb4 and --torch-bnb8 do not go together"),
+        (["starter", "--diffusers", "--check-images", "photos"], "--check-images is for ONNX files of captioners"),
+        (["starter", "--single-file", "--no-fp32"], "--no-fp32 is for ONNX files of captioners, and not for"),
+        (["starter", "--lora", "kohya"], "starter is no LoRA"),
+        (["--lora", "peft"], "--lora"),
+        (["run:nobody", "--single-file"], "nobody"),
     ],
 )
 def test_what_cannot_go_together_is_one_line(cli, project, words, said):
@@ -129,3 +138,28 @@ def test_a_signal_leaves_nothing_under_the_name(tmp_path, number):
 def _take_interrupts() -> None:
     """A shell's background job ignores them, and so would a process that this one starts there."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_single_file_goes_beside_what_is_in_a_folder(cli, project):
+    (project / "models").mkdir()
+    (project / "models" / "mine").write_text("mine")
+    result = cli("export", "starter", "--single-file", "--out", "models")
+    assert (result.code, result.out) == (0, "models/starter.safetensors\n")
+    assert sorted(os.listdir(project / "models")) == ["mine", "starter.safetensors"]
+    assert "size" in result.err
+    assert "agree" not in result.err
+    again = cli("export", "starter", "--single-file", "--out", "models/starter.safetensors")
+    assert again.code == 2
+    assert "models/starter.safetensors is there already" in again.error
+    assert cli("export", "starter", "--single-file", "--out", "models/starter.safetensors", "--force").code == 0
+    (project / "own.safetensors").write_bytes(b"mine")
+    refused = cli("export", "starter", "--single-file", "--out", "own.safetensors", "--force")
+    assert refused.code == 2
+    assert "own.safetensors is no export" in refused.error
+    assert (project / "own.safetensors").read_bytes() == b"mine"
+
+
+def test_settings_of_a_profile_do_not_stand_in_the_way_of_other_formats(cli, project):
+    (project / "dbcap.toml").write_text('[export]\nmax_drop = 0.1\nlayout = "optimum"\n')
+    assert cli("export", "starter", "--diffusers", "--out", "d").code == 0
+    assert (project / "d" / "unet" / "diffusion_pytorch_model.safetensors").is_file()

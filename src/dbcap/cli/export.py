@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from dbcap.cli.command import command
 from dbcap.cli.help import App
@@ -13,26 +13,31 @@ from dbcap.files import in_units
 
 if TYPE_CHECKING:
     from dbcap.events import Events
-    from dbcap.exporting.run import ExportReport
+    from dbcap.exporting.report import ExportReport
 
 app = App()
 
 
 @app.command()
-@command(ExportConfig, values={"captioner": "caption.model"})
-def export(config: ExportConfig, common: CommonConfig, events: Events, captioner: str) -> ExportReport:
+@command(ExportConfig, given="export", values={"captioner": "caption.model", "diffusion": "generate.model"})
+def export(
+    config: ExportConfig, common: CommonConfig, events: Events, given: Mapping[str, Any], captioner: str, diffusion: str
+) -> ExportReport:
     """Export models to the formats that other tools read.
 
-    Prints the folder. A captioner becomes ONNX graphs that dbcap, transformers.js and Optimum run. The table shows
-    each file's size (ratio: to float32), the share of its weights that was quantised, the share of captions that agree
-    with float32, and milliseconds an image. Examples:
+    Prints the folder or file. Captioners become ONNX graphs that dbcap, transformers.js and Optimum run, or
+    checkpoints of bitsandbytes; diffusion models ONNX graphs too, one file that A1111's web UI and ComfyUI read, or a
+    folder of diffusers. The table shows each file's size (ratio: to float32), the share of its weights that was
+    quantised, the share of captions that agree with float32, and milliseconds an image. Examples:
 
       dbcap export --onnx --int8
       dbcap export starter --int8 --int4 --check-images photos --max-drop 0.03 --out small
+      dbcap export run:my-dog --single-file --fp16 --out my-dog.safetensors
+      dbcap export run:my-dog --lora kohya --out loras/
     """
     from dbcap.exporting.run import run
 
-    report = run(config, common, events, captioner)
+    report = run(config, common, events, captioner, diffusion, given)
     if not common.quiet:
         _show(report)
     print_lines([str(report.output)])
@@ -46,17 +51,18 @@ def _show(report: ExportReport) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
     table.add_column("file", no_wrap=True)
-    for column in ("size", "ratio", "quant.", "agree", "ms"):
-        table.add_column(column, justify="right")
-    for one in report.files:
-        table.add_row(
-            Path(one.name).name,
-            in_units(one.size),
-            _share(one.ratio),
-            _share(one.quantised),
-            _share(one.agreement),
-            "" if one.latency is None else f"{1000 * one.latency:.0f}",
-        )
+    columns = {
+        "size": [in_units(one.size) for one in report.files],
+        "ratio": [_share(one.ratio) for one in report.files],
+        "quant.": [_share(one.quantised) for one in report.files],
+        "agree": [_share(one.agreement) for one in report.files],
+        "ms": ["" if one.latency is None else f"{1000 * one.latency:.0f}" for one in report.files],
+    }
+    filled = {name: texts for name, texts in columns.items() if any(texts)}
+    for name in filled:
+        table.add_column(name, justify="right")
+    for number, one in enumerate(report.files):
+        table.add_row(one.name.removeprefix("onnx/"), *(texts[number] for texts in filled.values()))
     stderr_console().print(table)
 
 

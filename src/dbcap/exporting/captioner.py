@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,16 @@ from dbcap.captioning.loading import foreign_settings, load_weights
 from dbcap.captioning.preprocessing import Preprocessing
 from dbcap.errors import ModelError
 from dbcap.exporting import calibrate, graphs, onnx_file, quantise
-from dbcap.exporting.quantise import LEAST_SHARE, Ranges, Share
+from dbcap.exporting.quantise import LEAST_SHARE, Ranges
+from dbcap.exporting.written import Written
 from dbcap.models.exported import EXTERNAL, FOLDER, files_of
 from dbcap.models.hub import LocalModel
 from dbcap.models.layout import read_object
 from dbcap.models.libraries import clear_errors, quiet_libraries
 
-LARGEST = 1_900_000_000
-"""Bytes of weights that a file holds; protobuf ends at 2 GiB."""
 JS = "transformers.js_config"
 SHAPES = ((37, 61), (224, 224), (500, 333))
 """Of the pictures that preprocessing is compared with."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A file with a graph."""
-
-    name: str
-    """Inside the folder."""
-    variant: str
-    share: Share | None = None
-    """How much of it was quantised, where that was asked for."""
 
 
 class CaptionerExport:
@@ -166,11 +153,7 @@ def _save(model: ir.Model, path: Path, release: Callable[[], None], half: bool) 
         with quiet_libraries():
             model = ir.from_proto(convert_float_to_float16(ir.to_proto(model), keep_io_types=True))
             model.graph.sort()  # the conversion appends nodes that others need before
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size > LARGEST:
-        ir.save(model, path, external_data=f"{path.name}{EXTERNAL}")
-    else:
-        onnx_file.save(model, path, release)
+    onnx_file.save(model, path, release)
 
 
 def _compare_preprocessing(processor: Any, config: dict[str, Any], name: str) -> None:

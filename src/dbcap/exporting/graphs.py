@@ -32,13 +32,13 @@ def make(model: Any, name: str) -> tuple[ir.Model, ir.Model]:
     simplify(model)
     vision = NormalizedConfigManager.get_normalized_config_class("vit")(model.config.encoder)
     pixels = DummyVisionInputGenerator("image-to-text", vision, batch_size=2).generate("pixel_values")
-    encoder = _export(Encoder(model), (pixels,), ({0: _axis(IMAGES)},), ["pixel_values"], ["last_hidden_state"], name)
+    encoder = export(Encoder(model), (pixels,), ({0: _axis(IMAGES)},), ["pixel_values"], ["last_hidden_state"], name)
     handed = torch.zeros(2, 2 * layers, heads, _numbers(encoder))
     past = [torch.zeros(4, heads, 5, size) for _ in range(2 * layers)]
     row = _axis(ROWS)
     shapes = ({0: row, 1: _axis(TOKENS)}, {0: _axis(IMAGES)}, [{0: row, 2: _axis(BEFORE)}] * len(past))
     kinds = [f"{number}.{kind}" for number in range(layers) for kind in ("key", "value")]
-    decoder = _export(
+    decoder = export(
         Decoder(model),
         (torch.zeros(4, 3, dtype=torch.int64), handed, past),
         shapes,
@@ -69,9 +69,13 @@ def _axis(name: str) -> torch.export.Dim:
     return torch.export.Dim(name, min=1)
 
 
-def _export(
+def export(
     module: torch.nn.Module, args: tuple[Any, ...], shapes: Any, inputs: list[str], outputs: list[str], name: str
 ) -> ir.Model:
+    """Return the graph of a module as `torch.onnx.export` makes it of these arguments.
+
+    `shapes` has what names the axes that may have any length. Raises ModelError, which calls the model `name`.
+    """
     table: dict[Any, Any] = {
         torch.ops.dbcap.cross_attention.default: _cross_attention,
         torch.ops.dbcap.scores.default: _scores,

@@ -12,13 +12,23 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from dbcap.models.exported import EXTERNAL
+
+LARGEST = 1_900_000_000
+"""Bytes of weights that a file holds; protobuf ends at 2 GiB."""
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Of ModelProto, GraphProto and TensorProto."""
 
 
 def save(model: ir.Model, path: Path, release: Callable[[], None] = lambda: None) -> None:
-    """Write a model of less than 2 GB into one file; `release` is called after each weight that was read."""
+    """Write a model; the weights of a larger one than protobuf takes go into a file beside it, its name and `_data`.
+
+    `release` is called after each weight that was read.
+    """
     weights: list[Any] = [value.const_value for value in model.graph.initializers.values()]
+    if sum(weight.nbytes for weight in weights) > LARGEST:
+        ir.save(model, path, external_data=f"{path.name}{EXTERNAL}", callback=lambda *_: release())
+        return
     heads = [_head(name, weight) for name, weight in zip(model.graph.initializers, weights, strict=True)]
     frame = model.clone()
     frame.graph.initializers.clear()

@@ -62,12 +62,12 @@ def encoder(model: ir.Model, ranges: Ranges | None = None) -> Share:
         quantised, scale, zero = rows[x]
         integers, scales = per_column(weight.const_value.numpy())  # type: ignore[union-attr]
         name = str(weight.name)
-        product = ir.node("MatMulInteger", [quantised, _constant(graph, f"{name}_int8", integers), zero])
+        product = ir.node("MatMulInteger", [quantised, constant(graph, f"{name}_int8", integers), zero])
         cast = ir.node("Cast", [product.outputs[0]], {"to": ir.DataType.FLOAT})
-        both = ir.node("Mul", [scale, _constant(graph, f"{name}_scale", scales)])
+        both = ir.node("Mul", [scale, constant(graph, f"{name}_scale", scales)])
         result = ir.node("Mul", [cast.outputs[0], both.outputs[0]])
-        _replace(graph, node, [*before, product, cast, both, result])
-    _tidy(model)
+        replace(graph, node, [*before, product, cast, both, result])
+    tidy(model)
     return Share(weights, weights - _weights(graph))
 
 
@@ -83,9 +83,9 @@ def decoder(model: ir.Model, bits: int) -> Share:
         matrix = weight.const_value.numpy()
         size = block_of(len(matrix))
         pair = _blocks(graph, str(weight.name), np.ascontiguousarray(matrix.T), bits, size)
-        _replace(graph, node, [_by_blocks(x, pair, matrix.shape[0], matrix.shape[1], bits, size)])
-    for node in [node for node in graph if node.op_type in ("Gemm", "Gather") and _table_of(node) is not None]:
-        weight = _table_of(node)
+        replace(graph, node, [_by_blocks(x, pair, matrix.shape[0], matrix.shape[1], bits, size)])
+    for node in [node for node in graph if node.op_type in ("Gemm", "Gather") and table_of(node) is not None]:
+        weight = table_of(node)
         assert weight is not None
         assert weight.const_value is not None
         tokens, width = weight.shape.numpy()  # type: ignore[union-attr]
@@ -93,10 +93,10 @@ def decoder(model: ir.Model, bits: int) -> Share:
         if weight not in tables:
             tables[weight] = _blocks(graph, str(weight.name), weight.const_value.numpy(), bits, size)
         if node.op_type == "Gemm":
-            _replace(graph, node, [_by_blocks(node.inputs[0], tables[weight], width, tokens, bits, size)])
+            replace(graph, node, [_by_blocks(node.inputs[0], tables[weight], width, tokens, bits, size)])
         else:
-            _replace(graph, node, _lookup(graph, node.inputs[1], tables[weight], width, bits, size))
-    _tidy(model)
+            replace(graph, node, _lookup(graph, node.inputs[1], tables[weight], width, bits, size))
+    tidy(model)
     return Share(weights, weights - _weights(graph))
 
 
@@ -150,7 +150,7 @@ def _is_matrix(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.shape is not None and len(value.shape) == 2
 
 
-def _table_of(node: ir.Node) -> ir.Value | None:
+def table_of(node: ir.Node) -> ir.Value | None:
     """Return the table (V, C) of an output layer or of a lookup of tokens."""
     value = node.inputs[1] if node.op_type == "Gemm" else node.inputs[0]
     if not _is_matrix(value):
@@ -178,15 +178,15 @@ def _dynamic(x: ir.Value) -> tuple[ir.Node, tuple[ir.Value, ...]]:
 def _calibrated(graph: ir.Graph, x: ir.Value, limits: tuple[float, float]) -> tuple[ir.Node, tuple[ir.Value, ...]]:
     least, greatest = min(limits[0], 0.0), max(limits[1], 0.0)
     step = (greatest - least) / 255 or 1.0
-    scale = _constant(graph, f"{x.name}_scale", np.array(step, np.float32))
-    zero = _constant(graph, f"{x.name}_zero", np.array(round(-least / step), np.uint8))
+    scale = constant(graph, f"{x.name}_scale", np.array(step, np.float32))
+    zero = constant(graph, f"{x.name}_zero", np.array(round(-least / step), np.uint8))
     node = ir.node("QuantizeLinear", [x, scale, zero])
     return node, (node.outputs[0], scale, zero)
 
 
 def _blocks(graph: ir.Graph, name: str, matrix: Array, bits: int, size: int) -> tuple[ir.Value, ir.Value]:
     numbers, scales = per_block(matrix, bits, size)
-    return _constant(graph, f"{name}_q{bits}", numbers), _constant(graph, f"{name}_scales", scales.ravel())
+    return constant(graph, f"{name}_q{bits}", numbers), constant(graph, f"{name}_scales", scales.ravel())
 
 
 def _by_blocks(
@@ -209,7 +209,7 @@ def _lookup(
         return nodes[-1].outputs[0]
 
     def number(what: str, value: Any) -> ir.Value:
-        return _constant(graph, f"{name}_{what}", value)
+        return constant(graph, f"{name}_{what}", value)
 
     row = add("Gather", table, tokens, axis=0)  # (R, T, blocks, bytes)
     if bits == 4:
@@ -228,7 +228,7 @@ def _lookup(
     return nodes
 
 
-def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """Return the initializer of this name, made at first."""
     if name not in graph.initializers:
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
@@ -237,7 +237,7 @@ def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     return graph.initializers[name]
 
 
-def _replace(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
+def replace(graph: ir.Graph, node: ir.Node, made: list[ir.Node]) -> None:
     """Put nodes in the place of one; the last one's output is what that one's was."""
     old: Any = node.outputs[0]
     new: Any = made[-1].outputs[0]
@@ -257,12 +257,12 @@ def _weights(graph: ir.Graph) -> int:
         for node in graph
         for value in node.inputs
         if node.op_type in kinds and value is not None and value.is_initializer() and value.dtype == ir.DataType.FLOAT
-        if len(value.shape or ()) > 1 and (node.op_type != "Gather" or _table_of(node) is value)
+        if len(value.shape or ()) > 1 and (node.op_type != "Gather" or table_of(node) is value)
     }
     return sum(value.const_value.size for value in used if value.const_value is not None)
 
 
-def _tidy(model: ir.Model) -> None:
+def tidy(model: ir.Model) -> None:
     """Leave out the weights that nothing uses any more."""
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():

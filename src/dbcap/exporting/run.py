@@ -2,70 +2,58 @@
 
 from __future__ import annotations
 
-import json
-import platform
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dbcap import __version__
+from dbcap.config.exporting import FILES, OF_CAPTIONERS
+from dbcap.config.fields import flag_of
 from dbcap.config.models import CommonConfig, ExportConfig
 from dbcap.config.paths import cache_dir
-from dbcap.errors import SIGINT, DbcapError, Interrupted
+from dbcap.errors import SIGINT, Interrupted, ModelError, UsageError
 from dbcap.events import Events
-from dbcap.exporting.publish import MANIFEST, refuse, whole_folder
+from dbcap.exporting import publish, report
+from dbcap.exporting.report import ExportReport, File
 from dbcap.files import sha256_of
 from dbcap.inputs import shown
-from dbcap.models import cpu, hub
+from dbcap.models import hub
+from dbcap.models.layout import PIPELINE
+from dbcap.models.trained import Addition
 
 if TYPE_CHECKING:
-    from dbcap.exporting.captioner import Written
-    from dbcap.exporting.proof import Proof
+    from dbcap.exporting.written import Written
     from dbcap.models.hub import LocalModel
 
-WORTH_A_WARNING = 0.05
-LIBRARIES = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+KINDS = {"onnx": None, "torch_bnb4": "captioner", "torch_bnb8": "captioner"}
+"""Format -> what it takes (see `hub.locate`), where that is no diffusion model."""
 
 
-@dataclass(frozen=True)
-class File:
-    """A file with weights that was written."""
+def run(
+    config: ExportConfig,
+    common: CommonConfig,
+    events: Events,
+    captioner: str,
+    diffusion: str = "",
+    given: Mapping[str, Any] = MappingProxyType({}),
+) -> ExportReport:
+    """Export a model as `dbcap export` does. Raises DbcapError.
 
-    name: str
-    variant: str
-    size: int
-    sha256: str
-    ratio: float | None = None
-    """Its size over that of the same part in float32."""
-    quantised: float | None = None
-    """Share of the numbers in its matrices that was quantised."""
-    agreement: float | None = None
-    """Share of the variant's captions that are those of float32."""
-    latency: float | None = None
-    """Seconds an image of the variant."""
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written."""
-
-    output: Path
-    files: tuple[File, ...]
-    exit_code: int = 0
-    summary: str = ""
-
-
-def run(config: ExportConfig, common: CommonConfig, events: Events, captioner: str) -> ExportReport:
-    """Export a model as `dbcap export` does; `captioner` is taken where none is named. Raises DbcapError."""
-    text = config.models[0] if config.models else captioner
+    `captioner` or `diffusion` is taken where none is named; `given` are the settings of this very run.
+    """
+    kind = KINDS.get(config.format, "diffusion")
+    text = config.models[0] if config.models else diffusion if kind == "diffusion" else captioner
     out = Path(config.out) if config.out else Path(f"{_name_of(text)}-export")
-    refuse(out, config.force)
-    local = hub.locate(text, offline=common.offline, allow_pickle=common.allow_pickle, events=events, home=cache_dir())
+    if config.format in FILES:
+        out = publish.file_for(str(out), _name_of(text))
+        publish.refuse_file(out, config.force)
+    else:
+        publish.refuse(out, config.force)
     try:
-        return _captioner(config, common, events, local, out)
+        if config.format == "lora":
+            return _lora(config, common, events, text, out, given)
+        local = _located(text, kind, common, events)
+        return _export(config, common, events, local, out, given)
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else SIGINT
         raise Interrupted(code, f"nothing was written to {shown(str(out))}") from None
@@ -74,98 +62,112 @@ def run(config: ExportConfig, common: CommonConfig, events: Events, captioner: s
 def _name_of(text: str) -> str:
     """Return the last part of a model's address: org/name@main -> name, run:dog@80 -> dog, a/b.safetensors -> b."""
     name = text.removeprefix("run:").partition("@")[0].rstrip("/")
-    return Path(name).name.removesuffix(".safetensors") or Path(name).absolute().name
+    return Path(name).name.removesuffix(publish.ENDING) or Path(name).absolute().name
 
 
-def _captioner(
-    config: ExportConfig, common: CommonConfig, events: Events, local: LocalModel, out: Path
+def _located(text: str, kind: str | None, common: CommonConfig, events: Events) -> LocalModel:
+    return hub.locate(
+        text, kind=kind, offline=common.offline, allow_pickle=common.allow_pickle, events=events, home=cache_dir()
+    )
+
+
+def _export(
+    config: ExportConfig,
+    common: CommonConfig,
+    events: Events,
+    local: LocalModel,
+    out: Path,
+    given: Mapping[str, Any],
 ) -> ExportReport:
-    from dbcap.exporting import proof
-    from dbcap.exporting.captioner import CaptionerExport
+    name = local.spec.text
+    if local.onnx:
+        raise ModelError(f"{name} is an export already", "export the model that it was made of")
+    is_pipeline = local.single is not None or (local.folder / PIPELINE).is_file()
+    if config.format == "onnx" and not is_pipeline:
+        from dbcap.exporting import captions
 
-    images = proof.check_images(config.check_images) if config.check else []
-    if config.check and not images:
-        events.say("captions are not compared: name images by --check-images, or install dbcap-starter")
-    calibration = proof.images_in(config.calibrate, 1) if config.calibrate else ()
-    with whole_folder(out, config.force) as folder:
-        start = time.perf_counter()
-        before = proof.baseline(local.spec.text, images, common.allow_pickle) if images else None
-        events.detail(f"captions in float32: {time.perf_counter() - start:.1f} s")
-        start = time.perf_counter()
-        model = CaptionerExport(local)
-        written = model.write(folder, config.variants, config.layout, calibration)
-        del model
-        events.detail(f"exporting and quantising: {time.perf_counter() - start:.1f} s")
-        proofs: dict[str, Proof] = {}
-        if before:
-            tried = config.variants if config.layout == "transformers.js" else ("fp32",)
-            proofs = proof.prove(tried, folder, images, before, events)
-            if config.layout == "optimum":
-                proofs = {config.variants[0]: proofs["fp32"]}
-            _judge(proofs, config.max_drop, events)
-        files = _facts(folder, written, proofs)
-        _write_manifest(folder, config, local, files, proofs, images)
+        return captions.export(config, common, events, local, out)
+    _refuse_given(given, f"{flag_of(config.format)} of {name}" if is_pipeline else flag_of(config.format))
+    if config.format == "single_file":
+        return _single_file(config, local, out)
+    with publish.whole_folder(out, config.force) as folder:
+        files = _facts(folder, _write(config, local, folder))
+        report.write_manifest(folder, config, local, files)
     return ExportReport(out, files)
 
 
-def _judge(proofs: Mapping[str, Proof], most: float | None, events: Events) -> None:
-    """Raise DbcapError where a variant changes more captions than it may, else warn of many."""
-    for variant, one in proofs.items():
-        drop = 1 - one.captions
-        told = f"{drop:.1%} of the captions of {variant} differ from those of float32"
-        if most is not None and drop > most:
-            raise DbcapError(f"{told}, and --max-drop allows {most:.1%}", "nothing was written")
-        if most is None and drop > WORTH_A_WARNING:
-            events.warn(told)
+def _refuse_given(given: Mapping[str, Any], what: str) -> None:
+    """Raise UsageError for an option of this run that only ONNX files of captioners have."""
+    for name in OF_CAPTIONERS:
+        if name in given:
+            flag = flag_of(name if given[name] is not False else f"no_{name}")
+            raise UsageError(f"{flag} is for ONNX files of captioners, and not for {what}", f"leave out {flag}")
 
 
-def _facts(folder: Path, written: Sequence[Written], proofs: Mapping[str, Proof]) -> tuple[File, ...]:
-    plain = {_part(one.name): (folder / one.name).stat().st_size for one in written if one.variant == "fp32"}
-    files = []
-    for one in written:
-        path = folder / one.name
-        file = File(one.name, one.variant, path.stat().st_size, sha256_of(path))
-        if (part := _part(one.name)) in plain:
-            file = replace(file, ratio=file.size / plain[part])
-        if one.variant in proofs:
-            proof = proofs[one.variant]
-            file = replace(file, agreement=proof.captions, latency=proof.latency)
-        files.append(replace(file, quantised=one.share.of_all if one.share else None))
-    return tuple(files)
+def _write(config: ExportConfig, local: LocalModel, folder: Path) -> list[Written]:
+    """Fill a folder with what is no captioner's ONNX files."""
+    if config.format == "diffusers":
+        from dbcap.exporting import pipelines
+
+        return pipelines.write_folder(local, folder)
+    if config.format == "onnx":
+        from dbcap.exporting import diffusion
+
+        return diffusion.write(local, folder, _precision(config, local.spec.text))
+    from dbcap.exporting import bnb
+
+    return bnb.write(local, folder, 4 if config.format == "torch_bnb4" else 8)
 
 
-def _part(name: str) -> str:
-    """Return which half of the model a file is."""
-    return "encoder" if "encoder_model" in name else "decoder"
+def _precision(config: ExportConfig, name: str) -> str:
+    """Return the one precision that a diffusion model is exported in."""
+    if len(config.precisions) > 1:
+        both = " and ".join(flag_of(one) for one in config.precisions)
+        raise UsageError(f"{name} is a diffusion model: a folder has one precision, and not {both}", "choose one")
+    if "int4" in config.precisions:
+        raise UsageError(f"{name} is a diffusion model, and --int4 is for captioners", "choose --fp16 or --int8")
+    return next(iter(config.precisions), "fp32")
 
 
-def _write_manifest(
-    folder: Path,
-    config: ExportConfig,
-    local: LocalModel,
-    files: Sequence[File],
-    proofs: Mapping[str, Proof],
-    images: Sequence[str],
-) -> None:
-    """Write export.json: what this is, what of, with what, and the proof."""
-    document: dict[str, Any] = {
-        "dbcap": __version__,
-        "model": {"name": local.spec.text, "revision": local.revision},
-        "settings": config.model_dump(mode="json", exclude={"models", "out", "force"}),
-        "files": [asdict(file) for file in files],
-        "check": {
-            "images": len(images),
-            "decoding": "the model's own settings; next_tokens, latency and memory greedily, one image at a time",
-            "variants": {variant: asdict(one) for variant, one in proofs.items()},
-        }
-        if proofs
-        else None,
-        "made with": {name: version(name) for name in LIBRARIES},
-        "host": {
-            "system": platform.system(),
-            "cpu": cpu.cpu_name(),
-            "cpu_class": cpu.cpu_class(),
-            "cores": cpu.cores(),
-        },
-    }
-    (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+def _facts(folder: Path, written: list[Written]) -> tuple[File, ...]:
+    return tuple(
+        File.of(folder / one.name, one.name, one.variant, quantised=one.share.of_all if one.share else None)
+        for one in written
+    )
+
+
+def _single_file(config: ExportConfig, local: LocalModel, out: Path) -> ExportReport:
+    from dbcap.exporting import pipelines
+
+    header = report.header(local.spec.text, local.revision)
+    with publish.whole_file(out, config.force) as path:
+        pipelines.write_file(local, path, config.fp16, header)
+        file = File.of(path, out.name, "fp16" if config.fp16 else "")
+    return ExportReport(out, (file,))
+
+
+def _lora(
+    config: ExportConfig, common: CommonConfig, events: Events, text: str, out: Path, given: Mapping[str, Any]
+) -> ExportReport:
+    """Export a LoRA: a file, or what a run made."""
+    _refuse_given(given, "--lora")
+    spec, unet, source = hub.parsed(text), None, Addition(Path(text), 1.0, "")
+    if spec.kind == "file" and spec.path:
+        source = Addition(spec.path, 1.0, sha256_of(spec.path))
+    elif spec.kind == "run":
+        local = _located(text, "diffusion", common, events)
+        own = [one for one in local.additions if one.own and not one.embedding]
+        if not own:
+            raise UsageError(f"{text} has no LoRA: it was trained by another --method", "--single-file writes it whole")
+        from dbcap.models import families
+
+        source, unet = own[-1], families.describe(local).unet_config
+    else:
+        raise UsageError(f"{text} is no LoRA", "give a run of `dbcap train --method lora`, or a .safetensors file")
+    from dbcap.exporting import lora
+
+    assert config.lora is not None
+    with publish.whole_file(out, config.force) as path:
+        lora.convert(source.path, path, config.lora, unet, report.header(text, source.sha256))
+        file = File.of(path, out.name, config.lora)
+    return ExportReport(out, (file,))

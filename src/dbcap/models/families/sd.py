@@ -75,6 +75,14 @@ class StableDiffusion(Description):
             one.teach(tokenizer)
         self._embeddings.append(one)
 
+    @property
+    def added_to(self) -> list[str]:
+        """The parts that are not as the model's files have them."""
+        changed = {part for one in self._loras for part in one.parts}
+        if self._embeddings:
+            changed |= {encoder for _, encoder, _ in self.text_parts}
+        return sorted(changed)
+
     # ---- text
 
     @cached_property
