@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import environments
 import numpy as np
 import pytest
+from environments import PLACE, execute
 from PIL import Image
 
 import dbcap_starter
@@ -26,16 +26,8 @@ from dbcap.testing.models import write_tiny
 pytestmark = pytest.mark.interop
 
 HERE = Path(__file__).parent
-PLACE = HERE.parents[1] / ".interop"
 TRANSFORMERS_JS = "@huggingface/transformers@4.3.2"
-OPTIMUM = ("optimum-onnx==0.1.0", "transformers==4.57.3", "onnxruntime>=1.32,<2", "torch>=2.13,<3", "pillow")
 LENGTH = 14
-
-
-def execute(*words, where=PLACE, **more):
-    done = subprocess.run([str(word) for word in words], cwd=where, capture_output=True, text=True, **more)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -54,15 +46,7 @@ def node() -> Path:
 @pytest.fixture(scope="session")
 def optimum() -> Path:
     """A Python with Optimum and transformers 4."""
-    folder = PLACE / "optimum"
-    if not (folder / "ready").is_file():
-        PLACE.mkdir(exist_ok=True)
-        execute(sys.executable, "-m", "venv", folder)
-        pip = (folder / "bin" / "python", "-m", "pip", "install", "--quiet")
-        execute(*pip, "--constraint", HERE.parents[1] / "constraints.txt", "torch")
-        execute(*pip, *OPTIMUM)
-        (folder / "ready").touch()
-    return folder / "bin" / "python"
+    return environments.optimum()
 
 
 @pytest.fixture(scope="session", params=["starter", "swin and bert"])
