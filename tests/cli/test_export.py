@@ -45,6 +45,28 @@ def test_the_proof_stands_in_the_table_and_in_the_manifest(starter_export):
     assert all(words in table for words in ("ratio", "quant.", "decoder_model_merged_quantized.onnx"))
 
 
+MEASURED = ("latency", "memory", "next_tokens", "captions", "cider_d", "bleu_4", "agreement", "sha256", "ratio", "size")
+GOLDEN = Path(__file__).parents[1] / "golden" / "export.json"
+
+
+def shape_of(value, key=""):
+    """Return a document with the kinds of what was measured, or comes with the machine and its libraries."""
+    if key in MEASURED or (isinstance(value, str) and key in ("dbcap", "revision")):
+        return type(value).__name__
+    if isinstance(value, dict):
+        inner = "sha256" if key in ("host", "made with") else ""
+        return {name: shape_of(one, inner or name) for name, one in value.items()}
+    return [shape_of(one) for one in value] if isinstance(value, list) else value
+
+
+def test_the_manifest_has_the_form_that_others_read(starter_export):
+    found = shape_of(json.loads((starter_export / "export.json").read_text()))
+    text = json.dumps(found, indent=2) + "\n"
+    if os.environ.get("UPDATE_GOLDEN") == "1":
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text(), "if that is meant, run it with UPDATE_GOLDEN=1"
+
+
 def test_captions_are_those_of_torch_and_torch_is_not_imported(starter_export, tmp_path):
     samples = dbcap_starter.samples()
     script = (

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from dbcap import Captioner
+from dbcap import Captioner, pipeline
 from dbcap.captioning.decoding import Decoding
 from dbcap.config.models import CaptionConfig
 from dbcap.errors import ModelError, UsageError
@@ -183,6 +183,13 @@ def test_settings_that_our_search_does_not_know_are_refused(export, tmp_path):
     with pytest.raises(ModelError, match="bad_words_ids, which the ONNX engine does not know"):
         export(model, tmp_path / "b", onnx=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_there_is_no_pipeline_of_an_export(gpt2):
+    with pytest.raises(UsageError, match="ONNX files only, which torch does not run"):
+        pipeline("image-to-text", model=str(gpt2))
+    with pytest.raises(ModelError, match="it gives no pipeline"):
+        pipeline("image-to-text", model=str(gpt2), engine="onnx")
 
 
 def test_engines_devices_and_variants_that_are_not_there(gpt2, tiny_captioner, export, tmp_path):

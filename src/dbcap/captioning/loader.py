@@ -77,7 +77,7 @@ def _exported(
     assert local.onnx
     name = local.spec.text
     if engine == "torch":
-        raise UsageError(f"{name} has ONNX files only", "leave out --engine torch")
+        raise UsageError(f"{name} has ONNX files only, which torch does not run", "the engine onnx does")
     if place not in ("auto", "cpu"):
         raise UsageError(f"the ONNX engine runs on the CPU, not on {place}", "leave out --device")
     if dtype != "auto":

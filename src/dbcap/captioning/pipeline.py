@@ -59,9 +59,9 @@ def pipeline(
     spec = DEFAULT_MODEL if model is None else os.fspath(model)
     loaded = load(
         f"{spec}@{revision}" if revision else spec,
-        engine=engine,
+        engine="torch" if engine == "auto" else engine,
         device=_device(device),
-        dtype=_name(number or "float32"),
+        dtype=_name(number or ("auto" if engine == "onnx" else "float32")),
         offline=offline,
         allow_pickle=allow_pickle,
     ).captioner
