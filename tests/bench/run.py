@@ -17,6 +17,7 @@ import command_line
 import diffusion
 import dreambooth
 import engine
+import exported
 import generated
 import memory
 import startup
@@ -28,6 +29,7 @@ BENCHES: dict[str, Callable[[], dict[str, Any]]] = {
     "startup": startup.measure,
     "memory": memory.measure,
     "engine": engine.measure,
+    "exported": exported.measure,
     "batch-sizes": batch_sizes.measure,
     "command-line": command_line.measure,
     "diffusion": diffusion.measure,

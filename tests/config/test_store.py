@@ -33,6 +33,7 @@ VALUES = {
     "caption.workers": ("0", 0),
     "caption.model": ("org/name@v1", "org/name@v1"),
     "caption.engine": ("onnx", "onnx"),
+    "generate.engine": ("onnx", "onnx"),
     "caption.prompt": ("a photo of", "a photo of"),
     "caption.num_beams": ("4", 4),
     "caption.max_length": ("20", 20),

@@ -41,3 +41,13 @@ def test_graph_and_weights_come_back(tmp_path, arrays):
         assert back[f"w{number}"].dtype == array.dtype
         assert np.array_equal(back[f"w{number}"], array)
     assert len(released) == len(arrays)
+
+
+def test_more_than_protobuf_takes_goes_beside(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_file, "LARGEST", 100_000)
+    arrays, released = (np.arange(40_000, dtype=np.float32), np.array(5)), []
+    onnx_file.save(model_with(*arrays), tmp_path / "m.onnx", lambda: released.append(1))
+    assert (tmp_path / "m.onnx_data").stat().st_size >= arrays[0].nbytes > (tmp_path / "m.onnx").stat().st_size
+    back = [onnx.numpy_helper.to_array(weight) for weight in onnx.load(tmp_path / "m.onnx").graph.initializer]
+    assert all(np.array_equal(one, other) for one, other in zip(back, arrays, strict=True))
+    assert released

@@ -44,6 +44,17 @@ def test_floating_point_numbers_become_what_is_wanted_and_others_stay(tmp_path, 
     assert torch.equal(found["many"], many.to(expected))
 
 
+def test_tensors_as_they_are_stored(tmp_path):
+    save_file({"a": torch.ones(2), "b": torch.ones(LARGE)}, tmp_path / "1.safetensors")
+    save_file({"c": torch.ones(3, dtype=torch.float16)}, tmp_path / "2.safetensors")
+    weights = MappedWeights([tmp_path / "1.safetensors", tmp_path / "2.safetensors"])
+    assert weights.names == ["a", "b", "c"]
+    found = weights.stored({"b", "c", "none"})
+    assert {name: tensor.dtype for name, tensor in found.items()} == {"b": torch.float32, "c": torch.float16}
+    assert weights.tensors(torch.bfloat16).keys() == {"a", "b", "c"}
+    assert all(tensor.eq(1).all() for tensor in found.values())
+
+
 def test_several_files_scalars_and_empty_tensors(tmp_path):
     save_file({"scalar": torch.tensor(2.5), "none": torch.empty(0, 4)}, tmp_path / "1.safetensors")
     save_file({"row": torch.arange(4.0)}, tmp_path / "2.safetensors", metadata={"format": "pt"})

@@ -57,7 +57,7 @@ WRITERS = {
             folder, encoder, decoder, seed
         )
         for encoder in ("vit", "deit", "beit", "swin")
-        for decoder in ("gpt2", "bert")
+        for decoder in ("gpt2", "bert", "roberta", "trocr")
     },
 }
 

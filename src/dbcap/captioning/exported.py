@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.onnx import OnnxEngine
 from dbcap.captioning.preprocessing import Preprocessing
-from dbcap.captioning.search import Found, enough_rows, search
+from dbcap.captioning.search import Found, search
 from dbcap.captioning.settings import decoding_defaults, special_tokens
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, read_object
@@ -71,10 +71,7 @@ class ExportedCaptioner:
 
     def search(self, pixels: npt.NDArray[np.float32], decoding: Decoding, seeds: Sequence[int]) -> list[list[Found]]:
         """Do what `generate` does, and return tokens instead of texts."""
-        width = decoding.num_captions if decoding.sample else decoding.num_beams
-        rows = enough_rows(pixels, width)
-        more = [*seeds, *[0] * (len(rows) - len(pixels))]
-        return search(self.engine, rows, decoding, self._special, more)[: len(pixels)]
+        return search(self.engine, pixels, decoding, self._special, seeds)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what tokens spell, without the special ones and not stripped."""

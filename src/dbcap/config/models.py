@@ -217,6 +217,11 @@ class GenerateConfig(ComputeConfig):
         group=COMPUTE,
         metavar="MODEL",
     )
+    engine: Literal["auto", "torch", "onnx"] = option(
+        "auto",
+        "What runs the model: torch, onnx (an exported model on the CPU), or what its files are for.",
+        group=COMPUTE,
+    )
     base: Place | None = option(
         None,
         "Take configs and tokenizers of a one-file --model from this folder.",

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import opset20
 from optimum.utils import DummyVisionInputGenerator, NormalizedConfigManager
 
 from dbcap.errors import ModelError
 from dbcap.exporting.halves import Decoder, Encoder, quiet_tracing, simplify
+from dbcap.exporting.quantise import constant
 
 OPSET = 20
 op: Any = opset20
@@ -74,7 +77,7 @@ def export(
 ) -> ir.Model:
     """Return the graph of a module as `torch.onnx.export` makes it of these arguments.
 
-    `shapes` has what names the axes that may have any length. Raises ModelError, which calls the model `name`.
+    `shapes` names the axes that may have any length. Raises ModelError, which calls the model `name`.
     """
     table: dict[Any, Any] = {
         torch.ops.dbcap.cross_attention.default: _cross_attention,
@@ -97,7 +100,37 @@ def export(
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"{name} cannot be exported: {first}") from error
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the lines of source that it comes from, with the paths they have here
+    _settle_shapes(program.model.graph)
+    RemoveUnusedNodesPass()(program.model)
     return program.model
+
+
+def _settle_shapes(graph: ir.Graph) -> None:
+    """Give Reshapes constant shapes, where at most one axis of a length that varies is new.
+
+    In a decoder of one token, computing shapes takes about as long as its attention.
+    """
+    for node in graph:
+        data, shape = node.inputs[:2] if node.op_type == "Reshape" else (None, None)
+        if data is None or shape is None or shape.const_value is not None:
+            continue
+        before, after = data.shape, node.outputs[0].shape
+        if before is None or after is None:
+            continue
+        told = [_told(dim, before[place] if place < len(before) else None) for place, dim in enumerate(after)]
+        if told.count(-1) <= 1:
+            name = "_".join(["shape", *map(str, told)])
+            node.replace_input_with(1, constant(graph, name, np.array(told)))
+            node.attributes.pop("allowzero", None)
+
+
+def _told(dim: int | ir.SymbolicDim, before: int | ir.SymbolicDim | None) -> int:
+    """Return how a Reshape is told of an axis: by its length, by 0 if it stays as it was, else by -1."""
+    if isinstance(dim, int):
+        return dim
+    return 0 if dim.value is not None and dim == before else -1
 
 
 # ---- translations; onnxscript reads them as source
@@ -105,19 +138,15 @@ def export(
 
 def _cross_attention(query: Any, keys: Any, values: Any, scale: float) -> Any:
     """See `halves.cross_attention`."""
-    rows = op.Shape(query, start=0, end=1)
+    by_row = op.Transpose(query, perm=[0, 2, 1, 3])
     heads = op.Shape(query, start=1, end=2)
-    tokens = op.Shape(query, start=2, end=3)
     size = op.Shape(query, start=3, end=4)
     images = op.Shape(values, start=0, end=1)
-    any_number = op.Constant(value_ints=[-1])
-    by_image = op.Reshape(query, op.Concat(images, any_number, heads, tokens, size, axis=0))
-    queries = op.Reshape(
-        op.Transpose(by_image, perm=[0, 2, 1, 3, 4]), op.Concat(images, heads, any_number, size, axis=0)
-    )
-    chances = op.Softmax(op.Mul(op.MatMul(queries, keys), op.Constant(value_float=scale)), axis=-1)
-    attended = op.Reshape(op.MatMul(chances, values), op.Concat(images, heads, any_number, tokens, size, axis=0))
-    return op.Reshape(op.Transpose(attended, perm=[0, 2, 3, 1, 4]), op.Concat(rows, tokens, heads, size, axis=0))
+    by_image = op.Reshape(by_row, op.Concat(images, op.Constant(value_ints=[-1]), heads, size, axis=0))
+    scores = op.Mul(op.MatMul(keys, op.Transpose(by_image, perm=[0, 2, 3, 1])), op.Constant(value_float=scale))
+    chances = op.Softmax(op.Transpose(scores, perm=[0, 1, 3, 2]), axis=-1)
+    attended = op.Transpose(op.MatMul(chances, values), perm=[0, 2, 1, 3])
+    return op.Reshape(attended, op.Shape(by_row))
 
 
 def _scores(hidden: Any, table: Any) -> Any:

@@ -16,7 +16,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.models.trocr.modeling_trocr import TrOCRAttention
 from transformers.pytorch_utils import Conv1D
+
+from dbcap.models.libraries import quiet_libraries
 
 NAME = "dbcap-export"
 """Of our attention among those of transformers."""
@@ -25,7 +28,7 @@ TANH_GELUS = ("NewGELUActivation", "GELUTanh")
 
 
 class Encoder(nn.Module):
-    """pixels (B, 3, H, W) -> cross-attention keys, transposed, and values: (B, 2 L, H, S D), by turns."""
+    """pixels (B, 3, H, W) -> cross-attention keys and values: (B, 2 L, H, S D), by turns."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class Encoder(nn.Module):
         pairs = []
         layers: Any = cache.cross_attention_cache.layers
         for layer in layers:
-            pairs += [layer.keys.transpose(2, 3).flatten(2), layer.values.flatten(2)]
+            pairs += [layer.keys.flatten(2), layer.values.flatten(2)]
         return torch.stack(pairs, 1)
 
 
@@ -67,7 +70,7 @@ class Decoder(nn.Module):
         cross = []
         for number in range(0, len(past), 2):
             keys, values = (encoder_hidden_states.select(1, number + which) for which in range(2))
-            cross.append((keys.unflatten(2, (size, places)), values.unflatten(2, (places, size))))
+            cross.append((keys.unflatten(2, (places, size)), values.unflatten(2, (places, size))))
         cache = EncoderDecoderCache(_cache(list(zip(past[::2], past[1::2], strict=True))), _cache(cross))
         cache.is_updated = dict.fromkeys(range(len(cross)), True)
         before, new = past[0].shape[2], input_ids.shape[1]
@@ -100,12 +103,15 @@ def _cache(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
 
 @torch.library.custom_op("dbcap::cross_attention", mutates_args=())
 def cross_attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """Attend: query (R, H, T, D), keys (B, H, D, S), values (B, H, S, D) -> (R, T, H, D)."""
+    """Attend: query (R, H, T, D), keys and values (B, H, S, D) -> (R, T, H, D).
+
+    The tokens of all rows of an image attend together. Keys times queries, not queries times keys: kernels bring what
+    stands on the right into an order of their own first, and the keys are by far the larger.
+    """
     rows, heads, tokens, size = query.shape
-    images = keys.shape[0]
-    queries = query.view(images, -1, heads, tokens, size).transpose(1, 2).reshape(images, heads, -1, size)
-    attended = ((queries @ keys) * scale).softmax(-1) @ values
-    return attended.view(images, heads, -1, tokens, size).permute(0, 2, 3, 1, 4).reshape(rows, tokens, heads, size)
+    queries = query.transpose(1, 2).reshape(keys.shape[0], -1, heads, size)
+    chances = ((keys @ queries.permute(0, 2, 3, 1)) * scale).transpose(2, 3).softmax(-1)
+    return (chances @ values).transpose(1, 2).reshape(rows, tokens, heads, size)
 
 
 @cross_attention.register_fake
@@ -136,7 +142,7 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers asks its attention functions to: three of (R, H, S, D) -> (R, S, H, D), and no weights.
 
-    Only self-attention has a mask here, and a cross-attention's keys are transposed.
+    Only self-attention has a mask here.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None:
@@ -147,6 +153,43 @@ def attend(
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
+class Attention(nn.Module):
+    """What TrOCR's attention does, by `attend`: its own asks transformers for no attention function."""
+
+    def __init__(self, module: TrOCRAttention) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            module.q_proj,
+            module.k_proj,
+            module.v_proj,
+            module.out_proj,
+        )
+        self.heads, self.scale, self.layer = module.num_heads, module.scaling, module.layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        cache: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend to the tokens so far, or to `key_value_states`, whose keys and values are made once."""
+        query = self._by_head(self.q_proj(hidden_states))
+        if key_value_states is not None and cache.is_updated.get(self.layer):
+            layer = cache.cross_attention_cache.layers[self.layer]
+            keys, values = layer.keys, layer.values
+        else:
+            given = hidden_states if key_value_states is None else key_value_states
+            kept = cache.self_attention_cache if key_value_states is None else cache.cross_attention_cache
+            keys, values = (self._by_head(project(given)) for project in (self.k_proj, self.v_proj))
+            keys, values = kept.update(keys, values, self.layer)
+        return self.out_proj(attend(self, query, keys, values, attention_mask, self.scale)[0].flatten(2)), None
+
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 # ---- plain layers
@@ -183,7 +226,8 @@ def simplify(model: Any) -> None:
     model.eval().requires_grad_(False)
     head = model.decoder.get_output_embeddings()
     _replace(model, head)
-    model.decoder.set_attn_implementation(NAME)
+    with quiet_libraries():
+        model.decoder.set_attn_implementation(NAME)
     model.encoder.set_attn_implementation("eager")  # what becomes of torch's fused attention has needless checks
 
 
@@ -198,6 +242,9 @@ def _replace(module: Any, head: nn.Module) -> None:
             setattr(module, name, Product(child.weight, child.bias))
         elif type(child).__name__ in TANH_GELUS:
             setattr(module, name, nn.GELU(approximate="tanh"))
+        elif type(child) is TrOCRAttention:
+            setattr(module, name, Attention(child))
+            _replace(getattr(module, name), head)
         else:
             _replace(child, head)
 

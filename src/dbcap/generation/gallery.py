@@ -54,6 +54,7 @@ class Gallery:
         self._names = {"run": model.run or jobs.slug(model.title), "step": model.step}
         self._facts: dict[str, Any] = {
             "model": model.address,
+            **({"engine": "onnx"} if model.exported else {}),
             **({"base": os.path.abspath(os.path.expanduser(config.base))} if config.base else {}),
             **({"init": os.path.abspath(config.init)} if config.init else {}),
             **({"mask": os.path.abspath(config.mask)} if config.mask else {}),

@@ -29,7 +29,7 @@ _OF_JOB = (
 )
 """Fields of a job that are options too, with the same bounds."""
 _ALWAYS = ("model", "device", "dtype", "batch_size")
-_PERHAPS = ("base", "init", "mask", "lora", "embedding", "low_memory")
+_PERHAPS = ("engine", "base", "init", "mask", "lora", "embedding", "low_memory")
 """Facts that are options too: those of every picture, and those of some."""
 _HASH = re.compile("[0-9a-f]{64}")
 _REVISION = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")

@@ -43,7 +43,9 @@ class Renderer:
         self._family.release_text()
         if self._config.low_memory:
             self._family.save_memory()
-        if self._config.compile:
+        if self._config.compile and self._family.exported:
+            self._events.say("--compile is left out: torch.compile has no part in the ONNX engine")
+        elif self._config.compile:
             self._events.say("torch.compile compiles the denoiser with the first step; that takes a while")
             self._family.compile()
 

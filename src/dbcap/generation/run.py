@@ -18,7 +18,7 @@ from dbcap.config.paths import cache_dir
 from dbcap.errors import OK, OUT_OF_TIME, PARTIAL, SIGINT, DbcapError, Interrupted, UsageError
 from dbcap.events import Events, Tracker
 from dbcap.files import Lock
-from dbcap.generation import jobs, like, plan, prompts
+from dbcap.generation import engines, jobs, like, plan, prompts
 from dbcap.generation.gallery import Gallery
 from dbcap.generation.jobs import UnfitError
 from dbcap.generation.like import Recipe
@@ -86,7 +86,7 @@ def run(config: GenerateConfig, common: CommonConfig, events: Events) -> Generat
     given = plan.read_given(config)
     local = hub.locate(
         config.model,
-        kind="diffusion",
+        kind=engines.kind_for(config.engine),
         base=config.base,
         safety=config.safety,
         offline=common.offline,
@@ -148,15 +148,7 @@ def _open_model(
     """Import torch, and return the model with what is added to it, none of its parts loaded."""
     import torch
 
-    from dbcap.models import device
-
-    choice = device.choose(
-        device=config.device,
-        dtype=config.dtype,
-        batch_size=1,
-        parameters=local.parameters,
-        threads=recipe.threads if recipe else None,
-    )
+    choice = engines.choose(config, local, recipe.threads if recipe else None)
     for reason in (*choice.why[:2], choice.why[3]):
         events.detail(reason)
     torch.set_num_threads(choice.threads)

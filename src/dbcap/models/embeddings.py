@@ -39,10 +39,6 @@ class Embedding:
             )
         tokenizer.add_tokens(self.tokens)
 
-    def written_out(self, text: str) -> str:
-        """Put all tokens in the place of the word."""
-        return text.replace(self.word, " ".join(self.tokens)) if len(self.tokens) > 1 else text
-
     def give(self, place: int, tokenizer: Any, encoder: Any) -> None:
         """Add the vectors to a text encoder. Raises UsageError for those of another width."""
         vectors = self.vectors[place]
@@ -58,6 +54,18 @@ class Embedding:
         rows[: len(table.weight)] = table.weight
         rows[ids] = vectors.to(rows)
         table.weight, table.num_embeddings = nn.Parameter(rows, requires_grad=False), len(rows)
+
+
+def written_out(text: str, tokenizer: Any) -> str:
+    """Put all tokens of each word that a tokenizer was taught in the place of the word, as diffusers does."""
+    taught = tokenizer.get_added_vocab()
+    for word in taught:
+        tokens = [word]
+        while (more := f"{word}_{len(tokens)}") in taught:
+            tokens.append(more)
+        if len(tokens) > 1:
+            text = text.replace(word, " ".join(tokens))
+    return text
 
 
 def read(path: Path, encoders: int) -> Embedding:

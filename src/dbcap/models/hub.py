@@ -10,7 +10,7 @@ from typing import Any
 
 from dbcap.errors import DbcapError, ModelError, UsageError, did_you_mean
 from dbcap.events import Events
-from dbcap.models import exported, pipelines, remote, single_file, trained
+from dbcap.models import exported, onnx_weights, pipelines, remote, single_file, trained
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import (
     PIPELINE,
@@ -37,8 +37,10 @@ CHOOSERS: dict[str, Callable[[Collection[str], str], Files]] = {
     "captioner": choose,
     "diffusion": pipelines.choose,
     "onnx": exported.choose,
+    "diffusion-onnx": pipelines.choose_onnx,
 }
 """Kind of model -> what says by their names which of its files are read."""
+_OF_ONNX = {"onnx": "captioner", "diffusion-onnx": "diffusion"}
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ class LocalModel:
     """LoRA and embedding files that a run trained: they belong to the model, which `folder` is without them."""
     trained: Trained | None = None
     """What run it is of, where it is of one."""
-    onnx: tuple[Path, Path] | None = None
-    """The encoder's and the decoder's file of an exported captioner."""
+    onnx: tuple[Path, ...] = ()
+    """Of an exported captioner the encoder's and the decoder's file, of an exported pipeline one for each part."""
 
     @property
     def parameters(self) -> int:
         """The number of weights of a pipeline. Raises `ModelError` for a damaged file."""
+        if self.onnx:
+            return onnx_weights.count(self.onnx)
         return count_in([self.single.path]) if self.single else pipelines.count_parameters(self.folder)
 
 
@@ -83,7 +87,8 @@ def locate(
     `base` is a folder with the configs and tokenizers of a model in one file. With `safety` the files of a pipeline's
     safety checker are among those that are read, if it has one; its revision is the same.
     `kind` is what it must be; with None it is whichever it is, of several of a plugin the captioner. "onnx" is a
-    captioner by its ONNX files; "captioner" takes them where there are no other weights, or a variant is named.
+    captioner by its ONNX files, and "diffusion-onnx" a pipeline by its; "captioner" and "diffusion" take them where
+    there are no other weights, or a variant is named.
     A commit that is cached, and anything with `offline`, asks nobody. A cached branch or tag is checked against the hub
     for a few seconds; if that does not answer, the cached one is used. Raises `UsageError` or `ModelError`.
     """
@@ -109,8 +114,7 @@ def locate(
         from dbcap.models import weights  # it imports torch, which no other way through this file needs
 
         folder = weights.convert(folder, choice, cache=home, allow_pickle=allow_pickle, events=events)
-    encoder, decoder = (*choice.sets[0], "")[:2]
-    onnx = (folder / encoder, folder / decoder) if encoder.endswith(".onnx") else None
+    onnx = tuple(folder / name for name in choice.names if name.endswith(".onnx"))
     return LocalModel(spec, folder, revision, files, onnx=onnx)
 
 
@@ -121,6 +125,7 @@ def _of_run(spec: ModelSpec, kind: str | None, how: Mapping[str, Any]) -> LocalM
     """Return what a run made; `how` is what `locate` was told."""
     if kind in ("captioner", "onnx"):
         raise ModelError(f"{spec.text} is a diffusion model, no captioner", "choose another --model")
+    _refuse_onnx(spec, kind)
     found, home = trained.find(spec), how["home"]
     spec = replace(spec, text=found.address)
     if found.whole:
@@ -157,6 +162,7 @@ def _one_file(spec: ModelSpec, kind: str | None, base: str | None, home: Path) -
     """Return a model in one file. The file with its configs and tokenizers is what its revision stands for."""
     if kind in ("captioner", "onnx"):
         raise UsageError(f"{spec.text} is a file, and a captioner is a folder", FORMS)
+    _refuse_onnx(spec, kind)
     assert spec.path is not None
     found = single_file.read(spec.path.absolute())
     folder = single_file.folder_of(found, base, home)
@@ -165,6 +171,11 @@ def _one_file(spec: ModelSpec, kind: str | None, base: str | None, home: Path) -
     revision = hashlib.sha256(f"{digest}\n{fingerprint(folder, names, memory)}".encode()).hexdigest()
     file = ModelFile(found.path.name, found.path.stat().st_size, digest)
     return LocalModel(spec, folder, revision, (*hashed(folder, names, memory), file), found)
+
+
+def _refuse_onnx(spec: ModelSpec, kind: str | None) -> None:
+    if kind == "diffusion-onnx":
+        raise ModelError(f"{spec.text} has no ONNX files", f"`dbcap export {spec.text} --onnx` makes them")
 
 
 def parsed(text: str) -> ModelSpec:
@@ -198,7 +209,7 @@ def own_folder(spec: ModelSpec, kind: str | None) -> Path:
     """Return the folder of a plugin's model, or the one that the user named."""
     if spec.path is not None:
         return spec.path.absolute()
-    folder = of_plugin(spec, "captioner" if kind == "onnx" else kind).folder
+    folder = of_plugin(spec, _OF_ONNX.get(kind or "", kind)).folder
     if not folder.is_dir():
         raise ModelError(f"the folder of the model {spec.name} is missing: {folder}", "install its plugin again")
     return folder.absolute()
@@ -236,7 +247,7 @@ def _from_hub(
             return cached
         raise
     choice = CHOOSERS[kind or kind_of_names(found.files)](found.files, spec.text)
-    if safety and PIPELINE in found.files:
+    if safety and PIPELINE in found.files and kind != "diffusion-onnx":
         told = remote.small_file(spec.repo, found.commit, PIPELINE, events)
         choice = pipelines.choose(found.files, spec.text, safety=pipelines.has_checker(told.parent))
     refuse_pickle(choice, spec.text, allow_pickle)
@@ -253,8 +264,8 @@ def kind_in(folder: Path) -> str:
 
 def layout_of(folder: Path, where: str, kind: str | None, safety: bool = False, variant: str = "") -> Files:
     """Return which files of a folder are read."""
-    if (kind or kind_in(folder)) == "diffusion":
-        return pipelines.choose_in(folder, where, safety=safety)
+    if (kind or kind_in(folder)) in ("diffusion", "diffusion-onnx"):
+        return pipelines.choose_in(folder, where, safety=safety, onnx=kind == "diffusion-onnx")
     names = exported.names_in(folder)
     if kind == "onnx" or variant or (exported.variants(names) and not has_weights(names)):
         return exported.choose(names, where, variant)

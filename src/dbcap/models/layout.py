@@ -43,6 +43,10 @@ _WEIGHTS = (
     ("pytorch_model.bin", ""),
     ("pytorch_model.bin.index.json", r"pytorch_model-\d+-of-\d+\.bin"),
 )
+BNB_STATE = ".quant_state.bitsandbytes__"
+"""Follows the name of a weight in that of the state which bitsandbytes keeps of it where it packs it in 4 bits."""
+BNB_OF_8 = ("SCB", "weight_format")
+"""What it keeps of a layer where it packs the weight in 8 bits."""
 _FOREIGN = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".ckpt", ".pt", ".pth", ".ot", ".gguf")
 
 
@@ -171,6 +175,11 @@ def shards(index: Path) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def bnb_packed(names: Iterable[str]) -> set[str]:
+    """Return the names of weights that bitsandbytes packed in 4 bits, by the names of all tensors."""
+    return {name.partition(BNB_STATE)[0] for name in names if BNB_STATE in name}
+
+
 def count_in(files: Iterable[Path]) -> int:
     """Return the number of weights in safetensors files, from their headers alone. Raises `ModelError` for damage."""
     from safetensors import SafetensorError, safe_open
@@ -179,9 +188,24 @@ def count_in(files: Iterable[Path]) -> int:
     for path in files:
         try:
             with safe_open(path, "numpy") as file:
-                total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                total += _count(file)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is damaged: {error}", "fetch or copy it again") from error
+    return total
+
+
+def _count(file: Any) -> int:
+    """Count the weights in an open file; where bitsandbytes packed them, the numbers and not what it keeps of them."""
+    names, total = file.keys(), 0
+    packed = bnb_packed(names)
+    for name in names:
+        part = file.get_slice(name)
+        numbers = math.prod(part.get_shape())
+        owner, _, what = name.rpartition(".")
+        if name in packed:
+            total += numbers * int(re.sub(r"\D", "", part.get_dtype())) // 4
+        elif owner not in packed and what not in BNB_OF_8 and BNB_STATE not in name:
+            total += numbers
     return total
 
 

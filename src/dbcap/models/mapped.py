@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,11 @@ class MappedWeights:
         """The number format of the largest tensor."""
         return max((view for mapped in self._maps for _, view in _views(mapped)), key=lambda view: view.numel()).dtype
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors, in the order of the files."""
+        return [name for mapped in self._maps for name, _ in _views(mapped)]
+
     def check(self) -> None:
         """Raise ModelError where a file was written to since it was opened, as `cp` does, but not renaming over it.
 
@@ -73,6 +78,10 @@ class MappedWeights:
         for descriptor, (file, stamp) in self._stamps.items():
             if _stamp(descriptor) != stamp:
                 raise ModelError(f"{file} was changed while it was in use", "load the model again")
+
+    def stored(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of these names in the number formats that they have, not to be written to."""
+        return {name: view for mapped in self._maps for name, view in _views(mapped) if name in names}
 
     def tensors(self, dtype: torch.dtype, start: str = "") -> dict[str, torch.Tensor]:
         """Return all tensors whose names have this start by name; those of floating-point numbers as `dtype`.

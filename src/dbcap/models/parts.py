@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from dbcap.errors import ModelError
+from dbcap.models import bnb
 from dbcap.models.libraries import clear_errors
 from dbcap.models.mapped import MappedWeights
 
@@ -62,18 +64,33 @@ class Found:
 
 
 def from_weights(kind: Any, folder: Path, weights: MappedWeights, dtype: torch.dtype) -> tuple[Any, Found]:
-    """Make a model of transformers from the config in a folder and weights: in evaluation mode, and whole or not."""
+    """Make a model of transformers from the config in a folder and weights: in evaluation mode, and whole or not.
+
+    What bitsandbytes packed is unpacked. Raises ValueError where that cannot be done.
+    """
     config = kind.config_class.from_pretrained(folder, local_files_only=True)
+    if bnb.is_packed(config):
+        del config.quantization_config
+        state = bnb.unpacked(weights, dtype, _transposed(kind, config))
+    else:
+        state = weights.tensors(dtype)
     module, info = kind.from_pretrained(
         None,
         config=config,
-        state_dict=weights.tensors(dtype),
+        state_dict=state,
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that it says which; refusing them is the caller's
     )
     misshapen = sorted(name for name, *_ in info["mismatched_keys"])
     return module.eval(), Found(sorted(info["missing_keys"]), misshapen, sorted(info["unexpected_keys"]))
+
+
+def _transposed(kind: Any, config: Any) -> set[str]:
+    """Return the names of matrices that their module has as (inputs, outputs): GPT-2's."""
+    with torch.device("meta"):
+        module = kind(config)
+    return {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Conv1D)}
 
 
 def _compare(where: str, expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:

@@ -8,16 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dbcap.errors import ModelError
+from dbcap.models.exported import EXTERNAL
 from dbcap.models.layout import CONFIG, PIPELINE, Files, count_in, is_index, is_pickled, read_object, shards
 
 CHECKER = "safety_checker"
 """The part that looks over finished pictures, where there is one."""
 SCHEDULER = "scheduler/scheduler_config.json"
 """What the noise was in training, and the model's own sampler."""
+ONNX = "model.onnx"
+"""What the graph of an exported part is called, in the part's folder."""
+ENCODER, DECODER = "vae_encoder", "vae_decoder"
+"""The halves of an autoencoder, which are exported as parts of their own."""
 _CHECKER_READS = "feature_extractor/preprocessor_config.json"
 _SMALL = {
     "unet": (CONFIG,),
     "vae": (CONFIG,),
+    ENCODER: (CONFIG,),
+    DECODER: (CONFIG,),
     "text_encoder": (CONFIG,),
     "text_encoder_2": (CONFIG,),
     "scheduler": (SCHEDULER.rpartition("/")[2],),
@@ -28,6 +35,7 @@ _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _VOCABULARY = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 _NEEDED = ("unet", "vae", "text_encoder")
 _OPTIONAL = ("text_encoder_2", CHECKER)
+_EXPORTED = ("unet", ENCODER, DECODER, "text_encoder")
 IDENTITY = "dbcap.json"
 """What a model that dbcap trained says about itself: its identifier and its class word."""
 
@@ -79,11 +87,12 @@ class PipelineFiles(Files):
 def choose(names: Collection[str], where: str, *, safety: bool = False) -> PipelineFiles:
     """Return which files of a pipeline are read, with `safety` those of its safety checker too.
 
-    Raises `ModelError`, naming `where`, for what is no pipeline, or has no weights for a part.
+    Where there are ONNX files and no others, they are chosen. Raises `ModelError`, naming `where`, for what is no
+    pipeline, or has no weights for a part.
     """
-    if PIPELINE not in names:
-        what = "is a captioner, no diffusion pipeline" if CONFIG in names else f"has no {PIPELINE}"
-        raise ModelError(f"{where} {what}", "choose another --model")
+    _check(names, where)
+    if f"unet/{ONNX}" in names and not _weights("unet", names):
+        return choose_onnx(names, where)
     weights = {}
     for part in (*_NEEDED, *_OPTIONAL):
         if part == CHECKER and not safety:
@@ -98,11 +107,35 @@ def choose(names: Collection[str], where: str, *, safety: bool = False) -> Pipel
     return PipelineFiles(small(names, safety=safety), weights)
 
 
-def small(names: Collection[str], *, safety: bool = False) -> tuple[str, ...]:
+def choose_onnx(names: Collection[str], where: str) -> PipelineFiles:
+    """Return which files of a pipeline are read to run it by its ONNX files; a safety checker is never among them.
+
+    Raises `ModelError`, naming `where`, for what is no pipeline, or has no ONNX file for a part.
+    """
+    _check(names, where)
+    weights = {}
+    for part in (*_EXPORTED, "text_encoder_2"):
+        file = f"{part}/{ONNX}"
+        if file in names:
+            weights[part] = (file, *(name for name in (f"{file}{EXTERNAL}",) if name in names))
+        elif part in _EXPORTED or f"{part}/{CONFIG}" in names:
+            what = f"file for its {part}" if f"unet/{ONNX}" in names else "files"
+            raise ModelError(f"{where} has no ONNX {what}", f"`dbcap export {where} --onnx` makes them")
+    return PipelineFiles(small(names, exported=True), weights)
+
+
+def _check(names: Collection[str], where: str) -> None:
+    if PIPELINE not in names:
+        what = "is a captioner, no diffusion pipeline" if CONFIG in names else f"has no {PIPELINE}"
+        raise ModelError(f"{where} {what}", "choose another --model")
+
+
+def small(names: Collection[str], *, safety: bool = False, exported: bool = False) -> tuple[str, ...]:
     """Return those of the names that are configs or tokenizers; the one that tells the kind of pipeline first."""
     found = [name for name in (PIPELINE, IDENTITY) if name in names]
+    left_out = [*(() if safety else ("feature_extractor", CHECKER)), *(("vae",) if exported else (ENCODER, DECODER))]
     for part, files in _SMALL.items():
-        if safety or part not in ("feature_extractor", CHECKER):
+        if part not in left_out:
             found += [f"{part}/{file}" for file in files if f"{part}/{file}" in names]
     for part in _TOKENIZERS:
         vocabulary = ("tokenizer.json", *_VOCABULARY)
@@ -146,13 +179,17 @@ def _weights(part: str, names: Collection[str]) -> tuple[str, ...]:
     return ()
 
 
-def choose_in(folder: Path, where: str, *, safety: bool = False) -> PipelineFiles:
+def choose_in(folder: Path, where: str, *, safety: bool = False, onnx: bool = False) -> PipelineFiles:
     """Return which files of `folder` are read. With `safety` those of its safety checker too, if it has one.
 
-    Raises `ModelError` for what `choose` refuses, and where a config, a vocabulary or a shard is missing.
+    With `onnx` its ONNX files. Raises `ModelError` for what `choose` or `choose_onnx` refuses, and where a config, a
+    vocabulary or a shard is missing.
     """
     names = _names_in(folder)
-    choice = choose(names, where, safety=safety and PIPELINE in names and has_checker(folder))
+    if onnx:
+        choice = choose_onnx(names, where)
+    else:
+        choice = choose(names, where, safety=safety and PIPELINE in names and has_checker(folder))
     if choice.lacks:
         raise ModelError(f"{where} has no {choice.lacks}", "fetch or copy the model again")
     weights = {}

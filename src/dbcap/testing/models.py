@@ -31,7 +31,9 @@ from transformers import (
     GPT2Config,
     GPT2Tokenizer,
     PretrainedConfig,
+    RobertaConfig,
     SwinConfig,
+    TrOCRConfig,
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -39,7 +41,7 @@ from transformers import (
 )
 
 Encoder = Literal["vit", "deit", "beit", "swin"]
-Decoder = Literal["gpt2", "bert"]
+Decoder = Literal["gpt2", "bert", "roberta", "trocr"]
 
 END = "<|endoftext|>"
 _TALK = """
@@ -161,14 +163,21 @@ def write_tiny(folder: Path, encoder: Encoder = "vit", decoder: Decoder = "gpt2"
         tokens: dict[str, Any] = {"start": end, "end": end, "pad": end}
     else:
         tokenizer = _wordpiece()
-        text = BertConfig(**_TINY_BERT, vocab_size=len(tokenizer), **_DECODER)
         tokens = {"start": tokenizer.cls_token_id, "end": tokenizer.sep_token_id, "pad": tokenizer.pad_token_id}
+        size = {"vocab_size": len(tokenizer), "pad_token_id": tokens["pad"], **_DECODER}
+        text = {
+            "bert": lambda: BertConfig(**_TINY_BERT, **size),
+            "roberta": lambda: RobertaConfig(**_TINY_BERT, **size),
+            "trocr": lambda: TrOCRConfig(**_TINY_TROCR, **size),
+        }[decoder]()
     model = _encoder_decoder(vision, text, **tokens, seed=seed)
     if decoder == "gpt2":
         _enliven_gpt2(model, [vocabulary[_byte_level(f" {word}")] for word in WORDS], tokens["end"])
+    elif decoder == "trocr":
+        _enliven_trocr(model, tokenizer)
     else:
-        embeddings = model.decoder.bert.embeddings.word_embeddings.weight
-        _enliven_bert(model.decoder.cls.predictions, embeddings, tokenizer)
+        head = model.decoder.cls.predictions if decoder == "bert" else model.decoder.lm_head
+        _enliven_bert(head, model.decoder.get_input_embeddings().weight, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -232,6 +241,14 @@ _TINY_VISION: dict[str, Any] = {
 _DECODER: dict[str, Any] = {"add_cross_attention": True, "is_decoder": True}
 _TINY_GPT2: dict[str, Any] = {"n_embd": _WIDTH, "n_layer": 2, "n_head": 2}
 _TINY_BERT: dict[str, Any] = {**_TINY_VISION, "max_position_embeddings": 64}
+_TINY_TROCR: dict[str, Any] = {
+    "d_model": _WIDTH,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+    "cross_attention_hidden_size": _WIDTH,
+}
 
 
 def _encoder_decoder(
@@ -304,6 +321,12 @@ def _enliven_bert(head: Any, embeddings: torch.Tensor, tokenizer: Any) -> None:
         head.bias.fill_(-100.0)
         head.bias[words] = 0.0
         head.bias[end] = -1.0
+
+
+def _enliven_trocr(model: Any, tokenizer: Any) -> None:
+    """Make the output words; it has no bias."""
+    words = tokenizer.convert_tokens_to_ids(list(WORDS))
+    _prefer_words(model.decoder.get_input_embeddings().weight, words, tokenizer.sep_token_id)
 
 
 # ---- tokenizers

@@ -166,6 +166,8 @@ class Session:
             events=self._events,
             home=cache_dir(),
         )
+        if local.onnx:
+            raise UsageError(f"{model} has ONNX files only", "train on the model that they were made of")
         if local.additions:
             raise UsageError(f"{model} is no whole model, but something beside one", "train on the model itself")
         if families.describe(local).inpaints:

@@ -1,16 +1,22 @@
 """The ONNX engine: an exported captioner on ONNX Runtime, on the CPU. Nothing here imports torch.
 
-The encoder runs one image at a time: with int8 weights the rows of an image share a scale, so that no caption depends
-on the images beside it, and on a CPU several at once are no faster. The decoder's file is the one that other runtimes
+The encoder gets each image by itself: with int8 weights the rows of what it gets share a scale, and no caption is to
+depend on the images beside it. Where there are as many images as threads, each thread takes one of its own: that is
+faster than all of them on one image after the other. The decoder's file is the one that other runtimes
 read; for the search its ends are changed as it is loaded. At its beginning, the keys and values that the encoder handed
 over as one tensor come in layer by layer, since taking a tensor apart is a copy, at every step; and the rows of the
 past are put in the search's order where they are read anyway. At its end, of all logits only what the search looks at
-is handed back. B images, R rows, T tokens, L layers, V the vocabulary.
+is handed back.
+
+Kernels round differently when few rows are multiplied, or an odd number of them: such batches are filled up here with
+the last image again. B images, R rows, T tokens, L layers, V the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import OrtValue, SessionOptions
 
 from dbcap.captioning.rules import Best, Ids
+from dbcap.captioning.search import MIN_ROWS
 from dbcap.errors import ModelError
 
 HANDED = "encoder_hidden_states"
@@ -35,11 +42,19 @@ class Cache:
     """What a step reads."""
 
     cross: list[OrtValue]
-    """2 L of (B, H, S D): keys, transposed, and values of the images."""
+    """2 L of (B, H, S D): keys and values of the images, and of those that fill up."""
     past: list[OrtValue]
     """2 L of (R, H, T, D): those of the tokens so far, as the last step left them."""
     rows: Ids
-    """Which of their rows stand where, since."""
+    """Which of their rows stand where, since; without those that fill up."""
+    width: int
+    """Rows of an image."""
+
+    def filled(self) -> Ids:
+        """Return the row that stands at each place of a step: the last image's again where more are wanted."""
+        missing = self.cross[0].shape()[0] - len(self.rows) // self.width
+        rows = np.arange(len(self.rows))
+        return np.concatenate([rows, *[rows[-self.width :]] * missing])
 
 
 class OnnxEngine:
@@ -52,35 +67,58 @@ class OnnxEngine:
         """Load the two files. Raises ModelError where they are not what dbcap exports, or damaged."""
         self._decoder = _session(decoder, threads, _for_search)
         self._encoder = _session(encoder, threads)
+        self._file, self._threads = encoder, threads
         past = [one for one in self._decoder.get_inputs() if one.name.startswith("past_key_values.")]
         self._past = [one.name for one in past]
         self._heads, self._size = past[0].shape[1], past[0].shape[3]
         self._outputs = [*FOUND, *(name.replace("past_key_values", "present") for name in self._past)]
+        told = self._decoder.get_modelmeta().custom_metadata_map
+        self._vocabulary, self._by_blocks = int(told["vocabulary"]), bool(told["by_blocks"])
 
     def encode(self, pixels: npt.NDArray[np.float32], width: int, length: int) -> Cache:  # noqa: ARG002
         """Encode pixels (B, 3, H, W), and make the cache for B x `width` rows."""
         images = len(pixels)
+        enough = self._enough(images, width)
         cross: list[npt.NDArray[np.float32]] = []
-        handed: Any = None
-        for place, image in enumerate(pixels):
-            if not place or not np.array_equal(image, pixels[place - 1]):  # batches are filled up by repetition
-                (handed,) = self._encoder.run(None, {"pixel_values": image[None]})
-            cross = cross or [np.empty((images, *part.shape), np.float32) for part in handed[0]]
-            for whole, part in zip(cross, handed[0], strict=True):
-                whole[place] = part
-        empty = np.empty((images * width, self._heads, 0, self._size), np.float32)
+        for place, handed in enumerate(self._hand_over(pixels)):
+            cross = cross or [np.empty((enough, *part.shape), np.float32) for part in handed]
+            for whole, part in zip(cross, handed, strict=True):
+                whole[place if place < images - 1 else slice(place, None)] = part
+        empty = np.empty((enough * width, self._heads, 0, self._size), np.float32)
         past = [OrtValue.ortvalue_from_numpy(empty) for _ in self._past]
-        return Cache([OrtValue.ortvalue_from_numpy(one) for one in cross], past, np.arange(images * width))
+        return Cache([OrtValue.ortvalue_from_numpy(one) for one in cross], past, np.arange(images * width), width)
+
+    def _hand_over(self, pixels: npt.NDArray[np.float32]) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield what the encoder hands over of each image: (2 L, H, S D)."""
+        if 1 < self._threads <= len(pixels):
+            encoder, workers = self._side_by_side
+            for (handed,) in workers.map(lambda image: encoder.run(None, {"pixel_values": image[None]}), pixels):
+                yield handed[0]
+            return
+        for image in pixels:
+            (handed,) = self._encoder.run(None, {"pixel_values": image[None]})
+            yield handed[0]
+
+    @functools.cached_property
+    def _side_by_side(self) -> tuple[Any, ThreadPoolExecutor]:
+        """The encoder on one thread, and the threads that it is called from."""
+        return _session(self._file, 1), ThreadPoolExecutor(self._threads)
+
+    def _enough(self, images: int, width: int) -> int:
+        """Return how many images there must be for no row to depend on how many there are."""
+        if self._by_blocks:  # these kernels take rows by twos, and one that is left over another way
+            return images + images * width % 2
+        return max(images, -(-MIN_ROWS // width))
 
     def step(self, tokens: Ids, cache: Cache, best: int, watched: Ids) -> Best:
         """Decode one token of each row (R,); see `search.Engine`."""
         binding = self._decoder.io_binding()
-        vocabulary = self._vocabulary
+        filled = cache.filled()
         small = {
-            "input_ids": tokens[:, None],
-            "rows": cache.rows,
-            "best": np.array([min(best, vocabulary)]),
-            "watched": np.maximum(watched, 0),
+            "input_ids": tokens[filled, None],
+            "rows": cache.rows[filled],
+            "best": np.array([min(best, self._vocabulary)]),
+            "watched": np.maximum(watched[filled], 0),
         }
         for name, array in small.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -93,26 +131,24 @@ class OnnxEngine:
         self._decoder.run_with_iobinding(binding)
         found = binding.get_outputs()
         cache.past, cache.rows = list(found[len(FOUND) :]), np.arange(len(tokens))
-        return Best(*(value.numpy() for value in found[: len(FOUND)]))
+        return Best(*(value.numpy()[: len(tokens)] for value in found[: len(FOUND)]))
 
     def reorder(self, cache: Cache, rows: Ids) -> None:
         """Put old row `rows[i]` at row i; where there are fewer rows, whole images left."""
-        images = cache.cross[0].shape()[0]
-        width = len(cache.rows) // images
         if len(rows) < len(cache.rows):
-            staying = rows[::width] // width
+            staying = rows[:: cache.width] // cache.width
+            missing = self._enough(len(staying), cache.width) - len(staying)
+            staying = np.concatenate([staying, np.repeat(staying[-1:], missing)])
             cache.cross = [OrtValue.ortvalue_from_numpy(value.numpy()[staying]) for value in cache.cross]
         cache.rows = cache.rows[rows]
-
-    @property
-    def _vocabulary(self) -> int:
-        return int(self._decoder.get_modelmeta().custom_metadata_map["vocabulary"])
 
 
 def _session(path: Path, threads: int, change: Callable[[Any], None] | None = None) -> Any:
     options = SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # Threads that go on spinning after one graph take a core from the other graph's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = 3
     try:
         model: Any = str(path)
@@ -138,8 +174,10 @@ def _for_search(model: onnx.ModelProto) -> None:
         raise ModelError("it is no decoder of dbcap's")
     nodes = _order_rows(graph) + _by_layer(graph)
     vocabulary = graph.output[0].type.tensor_type.shape.dim[2].dim_value
-    model.metadata_props.add(key="vocabulary", value=str(vocabulary))
-    nodes += _look(graph)
+    by_blocks = any(node.op_type == "MatMulNBits" for node in nodes)
+    for key, value in (("vocabulary", str(vocabulary)), ("by_blocks", "yes" * by_blocks)):
+        model.metadata_props.add(key=key, value=value)
+    nodes += _look(graph, vocabulary)
     del graph.node[:]
     graph.node.extend(nodes)
     graph.input.remove(inputs[HANDED])
@@ -184,20 +222,18 @@ def _order_rows(graph: Any) -> list[Any]:
     ]
 
 
-def _look(graph: Any) -> list[Any]:
-    """Take the `best` tokens and the `watched` ones out of the logits of the last token."""
+def _look(graph: Any, vocabulary: int) -> list[Any]:
+    """Take the `best` tokens and the `watched` ones out of the logits of the one token of each row."""
     for name, shape in (("best", [1]), ("watched", ["batch_size", "watched"])):
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
-    for name, value in (("search.last", [-1]), ("search.axis", [1])):
-        graph.initializer.append(numpy_helper.from_array(np.array(value), name))
-    graph.initializer.append(numpy_helper.from_array(np.array(-1), "search.place"))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, vocabulary]), "search.shape"))
     nodes = [
-        helper.make_node("Gather", ["logits", "search.place"], ["search.logits"], axis=1),
+        helper.make_node("Reshape", ["logits", "search.shape"], ["search.logits"]),
+        helper.make_node("LogSoftmax", ["search.logits"], ["search.logprobs"], axis=1),
         helper.make_node("TopK", ["search.logits", "best"], ["top_logits", "tokens"], axis=1),
-        helper.make_node("ReduceLogSumExp", ["search.logits", "search.axis"], ["search.sum"], keepdims=1),
-        helper.make_node("Sub", ["top_logits", "search.sum"], ["top_logprobs"]),
+        helper.make_node("GatherElements", ["search.logprobs", "tokens"], ["top_logprobs"], axis=1),
         helper.make_node("GatherElements", ["search.logits", "watched"], ["watched_logits"], axis=1),
-        helper.make_node("Sub", ["watched_logits", "search.sum"], ["watched_logprobs"]),
+        helper.make_node("GatherElements", ["search.logprobs", "watched"], ["watched_logprobs"], axis=1),
     ]
     for node in nodes:
         node.name = f"search.{node.op_type}.{node.output[0]}"

@@ -35,12 +35,16 @@ def describe(local: LocalModel) -> Description:
 def load(local: LocalModel, device: str, dtype: str) -> StableDiffusion:
     """Return the family object of a pipeline; its parts are read when they are used. Raises ModelError."""
     module, _, name = _family(local).partition(":")
+    if local.onnx:
+        module, name = "onnx", f"Exported{name}"
     family: type[StableDiffusion] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return family(local, device, dtype)
 
 
 def _family(local: LocalModel) -> str:
     kind = pipelines.class_name(local.folder)
+    if local.onnx:
+        kind = kind.removeprefix("ORT")  # Optimum's own classes have the names of diffusers'
     if kind not in FAMILIES:
         what = f"is a {kind}, which dbcap does not know" if kind else "names no kind of pipeline"
         raise ModelError(f"{local.spec.text} {what}", "dbcap knows Stable Diffusion 1.x, 2.x and XL")

@@ -13,7 +13,7 @@ from dbcap.errors import ModelError
 from dbcap.models import identity, pipelines
 from dbcap.models.identity import Identity
 from dbcap.models.layout import CONFIG, read_object
-from dbcap.models.pipelines import SCHEDULER
+from dbcap.models.pipelines import DECODER, SCHEDULER
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel
@@ -89,10 +89,13 @@ class Description:
         self.step = local.trained.step if local.trained else 0
         self.title = self.run or (path.name.removesuffix(".safetensors") if path else local.spec.text)
         """What it is called, wherever it lies."""
+        self.exported = bool(local.onnx)
+        """Whether it is run by ONNX files."""
 
     def config(self, part: str) -> dict[str, Any]:
         """Return the config.json of a part, with what it leaves out. Raises ModelError for a damaged one."""
-        config = _checked(self.folder / part / CONFIG, part)
+        folder = DECODER if part == "vae" and self.exported else part
+        config = _checked(self.folder / folder / CONFIG, part)
         if part == "unet" and self._local.single:  # the base may inpaint, and the file not, or the other way round
             config["in_channels"] = self._local.single.in_channels
         return config
@@ -145,8 +148,8 @@ class Description:
 
     @property
     def has_checker(self) -> bool:
-        """Whether it has a safety checker: not XL, and not a single file."""
-        return not self._local.single and pipelines.has_checker(self.folder)
+        """Whether it has a safety checker: not XL, not a single file, and no ONNX files."""
+        return not self._local.single and not self.exported and pipelines.has_checker(self.folder)
 
 
 def _checked(path: Path, part: str) -> dict[str, Any]:

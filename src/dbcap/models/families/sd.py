@@ -113,8 +113,7 @@ class StableDiffusion(Description):
         return self._ids(self.tokenizers[0], text)
 
     def _ids(self, tokenizer: Any, text: str) -> list[int]:
-        for one in self._embeddings:
-            text = one.written_out(text)
+        text = embeddings.written_out(text, tokenizer)
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 
