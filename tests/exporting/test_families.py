@@ -12,7 +12,12 @@ import pytest
 from dbcap import Captioner
 from dbcap.testing.models import write_tiny
 
-PAIRS = [("deit", "gpt2"), ("beit", "bert"), ("vit", "roberta"), ("swin", "trocr")]
+PAIRS = [
+    pytest.param(("deit", "gpt2"), marks=pytest.mark.slow),
+    pytest.param(("beit", "bert"), marks=pytest.mark.slow),
+    ("vit", "roberta"),
+    ("swin", "trocr"),
+]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"num_beams": 3, "num_captions": 2},

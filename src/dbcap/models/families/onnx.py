@@ -45,6 +45,9 @@ class Graph:
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # A denoiser of SD 1.5's size, 64x64 latents: a peak of 6.5 GB instead of 9.5 in float32, 4.1 instead of 7.3 in
+        # int8, and as fast. What is reserved would stay reserved while pictures are decoded.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # a class of its own for each kind of fault, all direct children of Exception
