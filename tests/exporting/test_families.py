@@ -15,7 +15,7 @@ from dbcap.testing.models import write_tiny
 PAIRS = [
     pytest.param(("deit", "gpt2"), marks=pytest.mark.slow),
     pytest.param(("beit", "bert"), marks=pytest.mark.slow),
-    ("vit", "roberta"),
+    pytest.param(("vit", "roberta"), marks=pytest.mark.slow),
     ("swin", "trocr"),
 ]
 OPTIONS: list[dict[str, Any]] = [
