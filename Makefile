@@ -26,7 +26,7 @@ test-all: $(READY)  ## the slow tests too
 	$(PYTEST) -m "not interop"
 
 test-interop: $(READY)  ## run exported models in transformers.js and Optimum; needs Node and package registries
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/interop
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow" tests/interop
 
 check: $(READY)  ## what must hold of the code: format, lint, types, import direction, generated docs
 	$(BIN)/ruff format --check

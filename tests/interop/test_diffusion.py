@@ -32,7 +32,7 @@ def python():
     return found
 
 
-@pytest.fixture(params=["starter", "xl"])
+@pytest.fixture(params=["starter", pytest.param("xl", marks=pytest.mark.slow)])
 def exported(request, tiny_xl, home, tmp_path):
     """The folder of an exported pipeline."""
     text = "starter" if request.param == "starter" else str(tiny_xl)
