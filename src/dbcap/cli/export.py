@@ -49,7 +49,7 @@ def _show(report: ExportReport) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("file", no_wrap=True)
     columns = {
         "size": [in_units(one.size) for one in report.files],
@@ -60,7 +60,7 @@ def _show(report: ExportReport) -> None:
     }
     filled = {name: texts for name, texts in columns.items() if any(texts)}
     for name in filled:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for number, one in enumerate(report.files):
         table.add_row(one.name.removeprefix("onnx/"), *(texts[number] for texts in filled.values()))
     stderr_console().print(table)
