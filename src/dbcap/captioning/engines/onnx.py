@@ -15,7 +15,7 @@ the last image again. B images, R rows, T tokens, L layers, V the vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from onnxruntime import OrtValue, SessionOptions
+from onnxruntime import OrtValue
 
 from dbcap.captioning.rules import Best, Ids
 from dbcap.captioning.search import MIN_ROWS
 from dbcap.errors import ModelError
+from dbcap.models.onnx_session import opened
 
 HANDED = "encoder_hidden_states"
 FOUND = ("tokens", "top_logits", "top_logprobs", "watched_logits", "watched_logprobs")
@@ -65,8 +65,8 @@ class OnnxEngine:
 
     def __init__(self, encoder: Path, decoder: Path, threads: int) -> None:
         """Load the two files. Raises ModelError where they are not what dbcap exports, or damaged."""
-        self._decoder = _session(decoder, threads, _for_search)
-        self._encoder = _session(encoder, threads)
+        self._decoder = opened(decoder, threads, _for_search)
+        self._encoder = opened(encoder, threads)
         self._file, self._threads = encoder, threads
         past = [one for one in self._decoder.get_inputs() if one.name.startswith("past_key_values.")]
         self._past = [one.name for one in past]
@@ -102,7 +102,7 @@ class OnnxEngine:
     @functools.cached_property
     def _side_by_side(self) -> tuple[Any, ThreadPoolExecutor]:
         """The encoder on one thread, and the threads that it is called from."""
-        return _session(self._file, 1), ThreadPoolExecutor(self._threads)
+        return opened(self._file, 1), ThreadPoolExecutor(self._threads)
 
     def _enough(self, images: int, width: int) -> int:
         """Return how many images there must be for no row to depend on how many there are."""
@@ -141,26 +141,6 @@ class OnnxEngine:
             staying = np.concatenate([staying, np.repeat(staying[-1:], missing)])
             cache.cross = [OrtValue.ortvalue_from_numpy(value.numpy()[staying]) for value in cache.cross]
         cache.rows = cache.rows[rows]
-
-
-def _session(path: Path, threads: int, change: Callable[[Any], None] | None = None) -> Any:
-    options = SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Threads that go on spinning after one graph take a core from the other graph's.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3
-    try:
-        model: Any = str(path)
-        if change:
-            loaded = onnx.load(path)
-            change(loaded)
-            model = loaded.SerializeToString()
-            del loaded
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # a class of its own for each kind of fault, all direct children of Exception
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path} cannot be loaded: {first}", "export the model again") from error
 
 
 # ---- the decoder's graph, for the search

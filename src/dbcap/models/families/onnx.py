@@ -13,12 +13,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import onnxruntime
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
 from dbcap.errors import ModelError, UsageError
+from dbcap.models import onnx_session
 from dbcap.models.families.sd import StableDiffusion
 from dbcap.models.families.sdxl import StableDiffusionXL
 from dbcap.models.libraries import clear_errors
@@ -41,18 +41,9 @@ class Graph:
 
     def __init__(self, path: Path, inputs: Collection[str], outputs: Collection[str]) -> None:
         """Load it. Raises ModelError for one that is damaged, wants other inputs or has not these outputs."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         # A denoiser of SD 1.5's size, 64x64 latents: a peak of 6.5 GB instead of 9.5 in float32, 4.1 instead of 7.3 in
         # int8, and as fast. What is reserved would stay reserved while pictures are decoded.
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # a class of its own for each kind of fault, all direct children of Exception
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ModelError(f"{path} cannot be loaded: {first}", "export the model again") from error
+        self._session = onnx_session.opened(path, torch.get_num_threads(), keeps=False)
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._outputs = [one.name for one in self._session.get_outputs()]
         wrong = [f"it asks for {name}" for name in self._inputs if name not in inputs]
