@@ -18,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig
 
 import dbcap_starter
 from dbcap.captioning import captioner
@@ -425,6 +426,28 @@ def test_own_settings_that_transformers_refuses_are_one_line(tiny_captioner, loa
         ModelError, match=r"^transformers cannot caption with .*generation_config\.json may ask"
     ) as caught:
         captions(loaded, pictures, Decoding(num_beams=2, max_length=8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_decoder_that_transformers_cannot_run_is_one_line(tiny_captioner, load, pictures, tmp_path):
+    """OPT takes no encoder's output, but its configuration may say that it does."""
+    config = json.loads((tiny_captioner / "config.json").read_text())
+    text = OPTConfig(
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=99,
+        word_embed_proj_dim=32,
+    )
+    model = VisionEncoderDecoderModel(
+        VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(**config["encoder"]), text)
+    )
+    folder = shutil.copytree(tiny_captioner, tmp_path / "model")
+    model.save_pretrained(folder)
+    loaded = load(folder)
+    with pytest.raises(ModelError, match=r"^transformers cannot caption with") as caught:
+        captions(loaded, pictures, GREEDY)
     assert "\n" not in str(caught.value)
 
 

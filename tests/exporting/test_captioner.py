@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import transformers
 from safetensors import safe_open
 
 from dbcap import Captioner, pipeline
@@ -183,6 +185,19 @@ def test_settings_that_our_search_does_not_know_are_refused(export, tmp_path):
     with pytest.raises(ModelError, match="bad_words_ids, which the ONNX engine does not know"):
         export(model, tmp_path / "b", onnx=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_an_encoder_that_masks_at_random_is_refused(tiny_captioner, export, tmp_path):
+    settings = json.loads((tiny_captioner / "config.json").read_text())
+    vision = transformers.ViTMAEConfig(**{**settings["encoder"], "model_type": "vit_mae"})
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
+        vision, transformers.GPT2Config(**settings["decoder"])
+    )
+    folder = shutil.copytree(tiny_captioner, tmp_path / "model")
+    transformers.VisionEncoderDecoderModel(config).save_pretrained(folder)
+    with pytest.raises(ModelError, match="makes something else of the same image each time"):
+        export(folder, tmp_path / "e", onnx=True)
+    assert not (tmp_path / "e").exists()
 
 
 def test_there_is_no_pipeline_of_an_export(gpt2):

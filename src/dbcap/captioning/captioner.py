@@ -20,7 +20,7 @@ from dbcap.captioning.failures import model_errors
 from dbcap.captioning.loading import Loaded, foreign_settings, load_weights
 from dbcap.captioning.search import Found, Special, enough_rows
 from dbcap.captioning.search import search as run_search
-from dbcap.captioning.settings import special_tokens
+from dbcap.captioning.settings import positions_of, special_tokens
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
@@ -144,7 +144,6 @@ class TransformersCaptioner:
         """Return what tokens spell, without the special ones and not stripped: GPT-2's end with a space at times."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    @compiler_errors()
     @torch.inference_mode()
     def search(self, pixels: npt.NDArray[np.float32], decoding: Decoding, seeds: Sequence[int]) -> list[list[Found]]:
         """Do what `generate` does, and return tokens instead of texts. Raises ModelError where it cannot."""
@@ -154,8 +153,9 @@ class TransformersCaptioner:
             width = decoding.num_captions if decoding.sample else decoding.num_beams
             rows = self._enough_rows(pixels, width)
             more = [*seeds, *[0] * (len(rows) - len(pixels))]
-            return run_search(self._engine, rows, decoding, self._special(), more)[: len(pixels)]
-        with quiet_libraries(), model_errors(self.name):
+            with compiler_errors():
+                return run_search(self._engine, rows, decoding, self._special(), more)[: len(pixels)]
+        with quiet_libraries(), model_errors(self.name), compiler_errors():
             if not decoding.sample:
                 return self._rows(self._enough_rows(pixels, decoding.num_beams), decoding)[: len(pixels)]
             found = []
@@ -228,7 +228,7 @@ class TransformersCaptioner:
         return model.generation_config
 
     def _max_positions(self) -> int | None:
-        return getattr(self.config.decoder, "max_position_embeddings", None)
+        return positions_of(self.config.decoder.to_dict())
 
     def _end_tokens(self) -> list[int]:
         return list(self._special().ends)

@@ -15,7 +15,7 @@ from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.onnx import OnnxEngine
 from dbcap.captioning.preprocessing import Preprocessing
 from dbcap.captioning.search import Found, search
-from dbcap.captioning.settings import decoding_defaults, special_tokens
+from dbcap.captioning.settings import decoding_defaults, positions_of, special_tokens
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, read_object
 from dbcap.plugins.api import Candidate, Capabilities
@@ -50,9 +50,8 @@ class ExportedCaptioner:
     @property
     def capabilities(self) -> Capabilities:
         """What this model can do."""
-        most = self._config.get("decoder", {})
-        positions = most.get("max_position_embeddings", most.get("n_positions"))
-        return Capabilities(beams=True, sampling=True, prompts=False, candidates=True, max_positions=positions)
+        most = positions_of(self._config.get("decoder", {}))
+        return Capabilities(beams=True, sampling=True, prompts=False, candidates=True, max_positions=most)
 
     def defaults(self) -> Mapping[str, Any]:
         """Return what the model's generation_config.json names, by dbcap's names."""

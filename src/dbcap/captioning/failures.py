@@ -6,14 +6,20 @@ import contextlib
 from collections.abc import Iterator
 
 from dbcap.errors import ModelError
+from dbcap.models.memory import is_lack_of_memory
 
 
 @contextlib.contextmanager
 def model_errors(model: str) -> Iterator[None]:
-    """Turn what `generate` refuses of a model's own settings, which dbcap does not know, into one line."""
+    """Turn what `generate` makes of settings and decoders that dbcap does not know into one line.
+
+    A lack of memory, which is a RuntimeError too, stays what it is.
+    """
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"transformers cannot caption with {model}: {first}", "its generation_config.json may ask for it"

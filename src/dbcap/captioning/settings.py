@@ -15,6 +15,11 @@ _NUMBERS = (
     *("num_beams", "max_length", "min_length", "max_new_tokens", "min_new_tokens", "length_penalty"),
     *("no_repeat_ngram_size", "repetition_penalty", "top_p", "top_k", "temperature"),
 )
+_AFTER_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
+    *("camembert", "data2vec-text", "xmod"),
+)
+"""Types of decoders whose first position comes after that of the padding token, in the order of its number."""
 
 
 def decoding_defaults(folder: Path, model: str) -> dict[str, Any]:
@@ -36,6 +41,14 @@ def own_lengths(values: dict[str, Any]) -> dict[str, Any]:
         if values.get(made):
             values[length] = values[made] + 1
     return values
+
+
+def positions_of(decoder: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a decoder has positions for, by its config; None where it does not say."""
+    most = decoder.get("max_position_embeddings", decoder.get("n_positions"))
+    if most is not None and decoder.get("model_type") in _AFTER_PADDING:
+        most -= decoder.get("pad_token_id", 1) + 1
+    return most
 
 
 def special_tokens(settings: Mapping[str, Any]) -> Special:

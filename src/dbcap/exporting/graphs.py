@@ -33,9 +33,11 @@ def make(model: Any, name: str) -> tuple[ir.Model, ir.Model]:
     """
     heads, layers, size = shape_of(model.config.decoder, name)
     simplify(model)
+    whole = Encoder(model)
     vision = NormalizedConfigManager.get_normalized_config_class("vit")(model.config.encoder)
     pixels = DummyVisionInputGenerator("image-to-text", vision, batch_size=2).generate("pixel_values")
-    encoder = export(Encoder(model), (pixels,), ({0: _axis(IMAGES)},), ["pixel_values"], ["last_hidden_state"], name)
+    _refuse_chance(whole, pixels, name)
+    encoder = export(whole, (pixels,), ({0: _axis(IMAGES)},), ["pixel_values"], ["last_hidden_state"], name)
     handed = torch.zeros(2, 2 * layers, heads, _numbers(encoder))
     past = [torch.zeros(4, heads, 5, size) for _ in range(2 * layers)]
     row = _axis(ROWS)
@@ -50,6 +52,13 @@ def make(model: Any, name: str) -> tuple[ir.Model, ir.Model]:
         name,
     )
     return encoder, decoder
+
+
+def _refuse_chance(encoder: Encoder, pixels: torch.Tensor, name: str) -> None:
+    """Raise ModelError for an encoder that draws at random, as a masked autoencoder does: a graph would not."""
+    with torch.no_grad():
+        if not torch.equal(encoder(pixels), encoder(pixels)):
+            raise ModelError(f"{name} has an encoder that makes something else of the same image each time")
 
 
 def shape_of(config: Any, name: str) -> tuple[int, int, int]:

@@ -17,7 +17,12 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
     except DbcapError:
         raise
     except Exception as error:
-        of_runtime = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
-        if not isinstance(error, MemoryError) and not (of_runtime and re.search("memory|alloc", str(error))):
+        if not is_lack_of_memory(error):
             raise
         raise DbcapError(f"there is not enough memory for {what}", hint) from error
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Return whether that is what an error says, of torch's and ONNX Runtime's too."""
+    of_runtime = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return isinstance(error, MemoryError) or (of_runtime and bool(re.search("memory|alloc", str(error))))
