@@ -72,6 +72,7 @@ def test_the_starter_says_the_same_in_a_fraction_of_the_size(tmp_path, samples, 
     written = bnb.write(local_of(STARTER), tmp_path, bits)
     assert [(one.name, one.variant, one.share.of_all) for one in written] == [("model.safetensors", f"bnb{bits}", 1.0)]
     source, file = (folder / "model.safetensors" for folder in (STARTER, tmp_path))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     table = 2 * 2 * 2000 * 256 / source.stat().st_size  # of words, which is stored in 16 bits as the source is
     assert file.stat().st_size / source.stat().st_size < bits / 16 + table
     assert count_parameters(tmp_path) == count_parameters(STARTER)

@@ -44,3 +44,9 @@ def test_views_and_tensors_that_share_memory_are_written_whole(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     found = load((tmp_path / "a.safetensors").read_bytes())
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_others_may_read_the_file_as_any_other_new_one(tmp_path):
+    (tmp_path / "other").touch()
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -67,6 +67,7 @@ def write(local: LocalModel, folder: Path, bits: int) -> list[Written]:
     model.generation_config = plain.generation_config
     with quiet_libraries():
         model.save_pretrained(folder)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # it was made for its owner only
     for file in choose_in(local.folder, name).small:
         if file != CONFIG:
             shutil.copyfile(local.folder / file, folder / file)

@@ -24,7 +24,10 @@ def save_file(tensors: Mapping[str, torch.Tensor], path: Path, header: Mapping[s
         if place in places:  # the library refuses to write memory twice
             ready[name] = ready[name].clone()
         places.add(place)
+    path.touch()
+    usual = path.stat().st_mode
     safetensors.save_file(ready, path, dict(header or {}) or None)
+    path.chmod(usual)  # the library makes files for their owner only
     if not header or len(header) < 2:
         return
     with path.open("r+b") as file:  # the library writes what the header says in an order of chance

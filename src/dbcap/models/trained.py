@@ -218,11 +218,9 @@ def _links(found: Trained, base: LocalModel, safety: bool) -> dict[str, Path]:
 
 def _unpack(base: LocalModel, part: str, config: Mapping[str, Any], folder: Path) -> None:
     """Write the weights of a part of a model in one file to where a folder has them."""
-    from safetensors.torch import save_file  # this and the next import torch
-
-    from dbcap.models.families.original import OriginalWeights
+    from dbcap.models.families.original import OriginalWeights  # this and the next import torch
+    from dbcap.models.tensors import save_file
 
     assert base.single is not None
     weights = OriginalWeights(base.single, part, config)
-    state = {name: tensor.contiguous() for name, tensor in weights.tensors(weights.dtype).items()}
-    save_file(state, folder / pipelines.weights_of(part), {"format": "pt"})
+    save_file(weights.tensors(weights.dtype), folder / pipelines.weights_of(part), {"format": "pt"})

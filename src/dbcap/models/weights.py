@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from dbcap.errors import ModelError
 from dbcap.events import Events
 from dbcap.files import in_units, sync_folder, sync_tree
 from dbcap.models.hashing import fingerprint, is_blob
 from dbcap.models.layout import CONFIG, Files, is_index, read_config, refuse_pickle
+from dbcap.models.tensors import save_file
 from dbcap.models.waiting import waiting_lock
 
 State = dict[str, torch.Tensor]
@@ -86,8 +86,7 @@ def _convert(folder: Path, choice: Files, target: Path, events: Events) -> None:
         # What ties its embeddings has a configuration of its own: a captioner, and no part of a pipeline.
         config = read_config(folder) if CONFIG in choice.small else None
         for files in choice.pickled:
-            written = _write(folder, files, config, temporary)
-            shutil.copymode(temporary / choice.small[0], written)  # it was made for its owner only
+            _write(folder, files, config, temporary)
         for files in choice.sets:
             for name in files if files not in choice.pickled else ():
                 _link_or_copy(folder / name, temporary / name)
@@ -99,8 +98,8 @@ def _convert(folder: Path, choice: Files, target: Path, events: Events) -> None:
     sync_folder(target.parent)
 
 
-def _write(folder: Path, files: tuple[str, ...], config: Mapping[str, Any] | None, target: Path) -> Path:
-    """Write the weights in pickled files of `folder` as one file of safetensors in `target`, and return that."""
+def _write(folder: Path, files: tuple[str, ...], config: Mapping[str, Any] | None, target: Path) -> None:
+    """Write the weights in pickled files of `folder` as one file of safetensors in `target`."""
     state: State = {}
     for name in files:
         if not is_index(name):
@@ -108,9 +107,7 @@ def _write(folder: Path, files: tuple[str, ...], config: Mapping[str, Any] | Non
     ready, aliases = _storable(state, config)
     part, _, name = files[0].rpartition("/")
     stem = name.partition(".")[0].removeprefix("pytorch_")  # pytorch_model.bin is model.safetensors to transformers
-    written = target / part / f"{stem}.safetensors"
-    save_file(ready, written, metadata={"format": "pt", **aliases})
-    return written
+    save_file(ready, target / part / f"{stem}.safetensors", {"format": "pt", **aliases})
 
 
 def _link_or_copy(file: Path, copy: Path) -> None:
