@@ -87,7 +87,6 @@ def test_captions_are_those_of_torch_and_torch_is_not_imported(starter_export, t
         ([], "nothing is asked for: add --onnx"),
         (["a", "b", "--onnx"], "one model at a time"),
         (["--onnx", "--no-fp32"], "--no-fp32 leaves nothing"),
-        (["--int8", "--layout", "optimum"], "--layout optimum takes one variant"),
         (["--onnx", "--calibrate", "photos"], "--calibrate needs --int8"),
         (["--onnx", "--no-check", "--max-drop", "0"], "--max-drop needs a check"),
         (["--onnx", "--max-drop", "2"], "--max-drop"),
@@ -195,6 +194,27 @@ def test_a_single_file_goes_beside_what_is_in_a_folder(cli, project):
     assert refused.code == 2
     assert "own.safetensors is no export" in refused.error
     assert (project / "own.safetensors").read_bytes() == b"mine"
+
+
+def test_a_format_that_is_typed_replaces_those_of_the_settings(cli, project):
+    (project / "dbcap.toml").write_text('[export]\nlora = "kohya"\nint8 = true\ncalibrate = "photos"\n')
+    assert cli("export", "starter", "--diffusers", "--out", "d").code == 0
+    result = cli("export", "starter", "--onnx", "--no-check", "--out", "o")
+    assert result.code == 0, result.err
+    assert sorted(os.listdir(project / "o" / "onnx")) == ["decoder_model_merged.onnx", "encoder_model.onnx"]
+
+
+def test_what_is_exported_is_never_replaced(cli, project):
+    assert cli("export", "starter", "--diffusers", "--out", "d").code == 0
+    before = (project / "d" / "export.json").read_bytes()
+    refused = cli("export", "./d", "--diffusers", "--out", "d", "--force")
+    assert refused.code == 2
+    assert "d is or holds what is to be exported" in refused.error
+    assert (project / "d" / "export.json").read_bytes() == before
+    assert cli("export", "./d", "--single-file", "--out", "s.safetensors").code == 0
+    again = cli("export", "s.safetensors", "--single-file", "--fp16", "--out", "s.safetensors", "--force")
+    assert again.code == 2
+    assert "is or holds what is to be exported" in again.error
 
 
 def test_settings_of_a_profile_do_not_stand_in_the_way_of_other_formats(cli, project):

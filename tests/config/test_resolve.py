@@ -304,3 +304,14 @@ def test_a_settings_file_that_is_none_is_not_passed_over(make, home):
     make(paths.config_file())
     with pytest.raises(ConfigError, match=r"config\.toml is no file"):
         resolve(Given())
+
+
+def test_a_place_that_makes_a_choice_outdoes_all_of_a_weaker_one(world):
+    world.put_file("user", '[export]\nlora = "kohya"\nfp32 = false\n')
+    world.put_file("project", "[export]\nint8 = true\n")
+    found = world.resolve()
+    assert (found.values["export.lora"], found.origins["export.lora"]) == (None, "default")
+    assert found.values["export.int8"] is True
+    assert found.values["export.fp32"] is False
+    world.put_file("project", "[export]\nint8 = false\n")
+    assert world.resolve().values["export.lora"] == "kohya"

@@ -23,6 +23,8 @@ OF_CAPTIONERS = ("layout", "fp32", "check", "check_images", "max_drop", "calibra
 class ExportConfig(Section):
     """`dbcap export`."""
 
+    alternatives = ("onnx", *PRECISIONS, *OTHERS)
+
     models: tuple[str, ...] = argument(
         "MODEL",
         "Captioner or diffusion model: starter, run:NAME[@STEP], org/name on the hub, a folder or a .safetensors file,"
@@ -30,15 +32,19 @@ class ExportConfig(Section):
         required=False,
     )
     onnx: bool = option(False, "Write ONNX graphs in float32.", group=FORMATS)
-    fp16: bool = option(False, "Write ONNX graphs in float16; with --single-file its number format.", group=FORMATS)
+    fp16: bool = option(
+        False, "Write ONNX graphs in float16; with --single-file its numbers, else as they are.", group=FORMATS
+    )
     int8: bool = option(False, "Write ONNX graphs with weights in 8 bits.", group=FORMATS)
-    int4: bool = option(False, "Write ONNX graphs with weights in 4 bits.", group=FORMATS)
-    fp32: bool = option(True, "Write float32 beside the other precisions.", group=FORMATS)
+    int4: bool = option(False, "Write ONNX graphs of a captioner with weights in 4 bits (variant q4).", group=FORMATS)
+    fp32: bool = option(
+        True, "Write float32 beside the other precisions; diffusion models have one precision.", group=FORMATS
+    )
     single_file: bool = option(
         False, "Write a diffusion model as one .safetensors file with the original names.", group=FORMATS
     )
     lora: Literal["kohya", "diffusers"] | None = option(
-        None, "Write a LoRA with the names of one or the other.", group=FORMATS, unset="no"
+        None, "Write a LoRA with the names of one or the other.", group=FORMATS, unset="none"
     )
     diffusers: bool = option(False, "Write a diffusion model as a folder that diffusers loads.", group=FORMATS)
     torch_bnb4: bool = option(False, "Write a captioner with weights in 4 bits by bitsandbytes.", group=FORMATS)
@@ -50,9 +56,14 @@ class ExportConfig(Section):
     )
 
     out: Place | None = option(
-        None, "Folder or file to write.", "-o", group=OUTPUT, metavar="PATH", unset="NAME-export here"
+        None,
+        "Folder to write; of formats of one file X.safetensors, or the folder that gets NAME.safetensors.",
+        "-o",
+        group=OUTPUT,
+        metavar="PATH",
+        unset="NAME-export here",
     )
-    force: bool = option(False, "Replace an earlier export.", group=OUTPUT)
+    force: bool = option(False, "Replace an earlier export, or an empty folder.", group=OUTPUT)
 
     check: bool = option(True, "Compare captions of each variant with those of float32.", group=PROOF)
     check_images: Place | None = option(
@@ -107,10 +118,6 @@ class ExportConfig(Section):
             )
         if not self.variants:
             raise ValueError("--no-fp32 leaves nothing: add --fp16, --int8 or --int4")
-        if self.layout == "optimum" and len(self.variants) > 1:
-            raise ValueError("--layout optimum takes one variant: add --no-fp32 beside one precision")
-        if self.calibrate and not self.int8:
-            raise ValueError("--calibrate needs --int8")
 
     def _check_others(self, others: list[str]) -> None:
         """Raise ValueError for what does not go with a format that is not ONNX."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,6 +17,9 @@ class Section(BaseModel):
     """Base of the configuration models: frozen, and no key that it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=False)
+
+    alternatives: ClassVar[tuple[str, ...]] = ()
+    """Fields that are one choice: a place that sets one of them outdoes what weaker places say of all of them."""
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,18 @@ def resolve(given: Given, *, files: bool = True) -> Settings:
     values = {key: f.default for key, f in known_fields().items()}
     origins = dict.fromkeys(values, DEFAULT)
     for layer in reversed(layers):
+        for key in _outdone(layer):
+            values[key], origins[key] = known_fields()[key].default, DEFAULT
         for key, value in layer.values.items():
             values[key] = value
             origins[key] = f"environment {variable_of(key)}" if layer.origin == "environment" else layer.origin
     return Settings(values, origins)
+
+
+def _outdone(layer: Layer) -> list[str]:
+    """Return the keys of which weaker places have nothing to say any more: see `Section.alternatives`."""
+    groups = ([f"{name}.{one}" for one in model.alternatives] for name, model in SECTIONS.items())
+    return [key for group in groups if any(layer.values.get(one) for one in group) for key in group]
 
 
 def active_profile() -> str:

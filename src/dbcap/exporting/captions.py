@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbcap.config.models import CommonConfig, ExportConfig
-from dbcap.errors import DbcapError
+from dbcap.errors import DbcapError, UsageError
 from dbcap.events import Events
 from dbcap.exporting import proof
 from dbcap.exporting.captioner import CaptionerExport
@@ -26,10 +26,12 @@ WORTH_A_WARNING = 0.05
 
 def export(config: ExportConfig, common: CommonConfig, events: Events, local: LocalModel, out: Path) -> ExportReport:
     """Write the variants that are asked for, and compare their captions."""
+    if config.layout == "optimum" and len(config.variants) > 1:
+        raise UsageError("--layout optimum takes one variant", "float32, or one precision with --no-fp32")
     images = proof.check_images(config.check_images) if config.check else []
     if config.check and not images:
         events.say("captions are not compared: name images by --check-images, or install dbcap-starter")
-    calibration = proof.images_in(config.calibrate, 1) if config.calibrate else ()
+    calibration = proof.images_in(config.calibrate, 1) if config.calibrate and config.int8 else ()
     with whole_folder(out, config.force) as folder:
         start = time.perf_counter()
         before = proof.baseline(local.spec.text, images, common.allow_pickle) if images else None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbcap import __version__
 from dbcap.config.models import ExportConfig
-from dbcap.exporting.publish import HEADER, MANIFEST
+from dbcap.exporting.publish import CONTENTS, HEADER, MANIFEST, files_in
 from dbcap.files import sha256_of
 from dbcap.models import cpu
 
@@ -63,6 +63,7 @@ def write_manifest(
         **_source(local.spec.text, local.revision),
         "settings": config.model_dump(mode="json", exclude={"models", "out", "force"}),
         "files": [asdict(file) for file in files],
+        CONTENTS: sorted({*files_in(folder), MANIFEST}),
         "check": check,
         "made with": {name: version(name) for name in LIBRARIES},
         "host": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from dbcap.files import sha256_of
 from dbcap.inputs import shown
 from dbcap.models import hub
 from dbcap.models.layout import PIPELINE
+from dbcap.models.specs import FINAL, ModelSpec
 from dbcap.models.trained import Addition
 
 if TYPE_CHECKING:
@@ -43,9 +45,12 @@ def run(
     """
     kind = KINDS.get(config.format, "diffusion")
     text = config.models[0] if config.models else diffusion if kind == "diffusion" else captioner
-    out = Path(config.out) if config.out else Path(f"{_name_of(text)}-export")
+    if "calibrate" in given and config.calibrate and not config.int8:
+        raise UsageError("--calibrate needs --int8")
+    name = _name_of(hub.parsed(text))
+    out = Path(config.out) if config.out else Path(f"{name}-export")
     if config.format in FILES:
-        out = publish.file_for(str(out), _name_of(text))
+        out = publish.file_for(str(out), name)
         publish.refuse_file(out, config.force)
     else:
         publish.refuse(out, config.force)
@@ -53,16 +58,20 @@ def run(
         if config.format == "lora":
             return _lora(config, common, events, text, out, given)
         local = _located(text, kind, common, events)
+        _refuse_source(out, local.single.path if local.single else local.folder)
         return _export(config, common, events, local, out, given)
     except (KeyboardInterrupt, Interrupted) as error:
         code = error.exit_code if isinstance(error, Interrupted) else SIGINT
         raise Interrupted(code, f"nothing was written to {shown(str(out))}") from None
 
 
-def _name_of(text: str) -> str:
-    """Return the last part of a model's address: org/name@main -> name, run:dog@80 -> dog, a/b.safetensors -> b."""
-    name = text.removeprefix("run:").partition("@")[0].rstrip("/")
-    return Path(name).name.removesuffix(publish.ENDING) or Path(name).absolute().name
+def _name_of(spec: ModelSpec) -> str:
+    """Return what an export is called: org/name@main -> name, run:dog@80 -> dog-80, a/b.safetensors -> b."""
+    if spec.path:
+        return Path(os.path.abspath(spec.path)).name.removesuffix(publish.ENDING)
+    if spec.kind == "run" and spec.revision != FINAL:
+        return f"{spec.name}-{spec.revision}"
+    return spec.repo.rpartition("/")[2] or spec.name
 
 
 def _located(text: str, kind: str | None, common: CommonConfig, events: Events) -> LocalModel:
@@ -88,12 +97,19 @@ def _export(
 
         return captions.export(config, common, events, local, out)
     _refuse_given(given, f"{flag_of(config.format)} of {name}" if is_pipeline else flag_of(config.format))
+    precision = _precision(config, name) if config.format == "onnx" else ""
     if config.format == "single_file":
         return _single_file(config, local, out)
     with publish.whole_folder(out, config.force) as folder:
-        files = _facts(folder, _write(config, local, folder))
+        files = _facts(folder, _write(config.format, precision, local, folder))
         report.write_manifest(folder, config, local, files)
     return ExportReport(out, files)
+
+
+def _refuse_source(out: Path, source: Path) -> None:
+    """Raise UsageError where an export would replace what it is made of."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"{shown(str(out))} is or holds what is to be exported", publish.OTHERS)
 
 
 def _refuse_given(given: Mapping[str, Any], what: str) -> None:
@@ -104,19 +120,19 @@ def _refuse_given(given: Mapping[str, Any], what: str) -> None:
             raise UsageError(f"{flag} is for ONNX files of captioners, and not for {what}", f"leave out {flag}")
 
 
-def _write(config: ExportConfig, local: LocalModel, folder: Path) -> list[Written]:
+def _write(format_: str, precision: str, local: LocalModel, folder: Path) -> list[Written]:
     """Fill a folder with what is no captioner's ONNX files."""
-    if config.format == "diffusers":
+    if format_ == "diffusers":
         from dbcap.exporting import pipelines
 
         return pipelines.write_folder(local, folder)
-    if config.format == "onnx":
+    if format_ == "onnx":
         from dbcap.exporting import diffusion
 
-        return diffusion.write(local, folder, _precision(config, local.spec.text))
+        return diffusion.write(local, folder, precision)
     from dbcap.exporting import bnb
 
-    return bnb.write(local, folder, 4 if config.format == "torch_bnb4" else 8)
+    return bnb.write(local, folder, 4 if format_ == "torch_bnb4" else 8)
 
 
 def _precision(config: ExportConfig, name: str) -> str:
@@ -158,7 +174,8 @@ def _lora(
         local = _located(text, "diffusion", common, events)
         own = [one for one in local.additions if one.own and not one.embedding]
         if not own:
-            raise UsageError(f"{text} has no LoRA: it was trained by another --method", "--single-file writes it whole")
+            whole = "--diffusers" if local.additions else "--single-file"
+            raise UsageError(f"{text} has no LoRA: it was trained by another --method", f"{whole} writes it whole")
         from dbcap.models import families
 
         source, unet = own[-1], families.describe(local).unet_config
@@ -166,6 +183,7 @@ def _lora(
         raise UsageError(f"{text} is no LoRA", "give a run of `dbcap train --method lora`, or a .safetensors file")
     from dbcap.exporting import lora
 
+    _refuse_source(out, source.path)
     assert config.lora is not None
     with publish.whole_file(out, config.force) as path:
         lora.convert(source.path, path, config.lora, unet, report.header(text, source.sha256))
