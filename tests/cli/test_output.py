@@ -112,6 +112,27 @@ def test_stdout_is_utf8_whatever_the_locale(process, locale):
     assert process("config", "get", "caption.prefi\u00fc", env=locale).error
 
 
+COLUMNS = ("file", "size", "ms")
+ROWS = [(f"{24 * 'long-'}[b].onnx", "20.1 MB", "100"), ("short\x1b", "1.2 MB", "12345")]
+
+
+def test_a_table_of_the_talk_is_as_wide_as_it_needs_where_there_is_no_terminal(home, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("COLUMNS", "20")
+    log = tmp_path / "log"
+    Terminal(log_file=str(log)).table(COLUMNS, ROWS, right=("size", "ms"))
+    lines = [[cell.strip() for cell in line.split("│")] for line in capsys.readouterr().err.splitlines()[2:]]
+    assert lines == [list(ROWS[0]), ["short\\x1b", "1.2 MB", "12345"]]
+    logged = log.read_text().splitlines()
+    assert [[cell.strip() for cell in line[20:].split("│")] for line in logged[2:]] == lines
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ", line) for line in logged)
+
+
+def test_quiet_means_no_table_but_in_the_log(home, capsys, tmp_path):
+    Terminal(quiet=True, log_file=str(tmp_path / "log")).table(COLUMNS, ROWS)
+    assert capsys.readouterr().err == ""
+    assert "20.1 MB" in (tmp_path / "log").read_text()
+
+
 # ---- a terminal
 
 
@@ -176,3 +197,16 @@ def test_a_table_on_a_terminal_has_a_title_and_columns(on_terminal):
         ["starter", "│", "│", "comes", "with", "dbcap"]
     ]
     assert "Profiles" in shown
+
+
+@pytest.mark.parametrize("script", ["Terminal().table(COLUMNS, ROWS)", "print_table('', COLUMNS, ROWS)"])
+@pytest.mark.parametrize("width", ["30", "60"])
+def test_a_table_is_folded_on_a_narrow_terminal_and_never_cut(on_terminal, script, width):
+    begin = f"from dbcap.cli.output import *\nCOLUMNS, ROWS = {COLUMNS!r}, {ROWS!r}\n"
+    code, shown = on_terminal("-c", begin + script, env={"NO_COLOR": "1", "COLUMNS": width})
+    assert code == 0
+    assert "…" not in shown
+    assert all(len(line) <= int(width) for line in shown.splitlines())
+    cells = [line.split("│") for line in shown.splitlines() if "│" in line]
+    assert "".join(row[0].strip() for row in cells) == ROWS[0][0] + "short\\x1b"
+    assert [row[2].strip() for row in cells if row[2].strip()] == ["100", "12345"]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dbcap.errors import UsageError
+from dbcap.errors import ModelError, UsageError
 from dbcap.exporting.lora import convert, spelled
-from dbcap.models import lora
+from dbcap.models import identity, lora
 from dbcap.models.layout import read_object
 from dbcap.models.parts import published
 from dbcap.models.tensors import save_file
@@ -151,11 +151,6 @@ TO_Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
         ({"lora_unet_x.lora_mid.weight": torch.ones(1)}, "is LoRA with a Tucker core"),
         ({"something.else": torch.ones(1)}, "does not know what something.else is"),
         ({"other_x.lora_up.weight": torch.ones(1)}, "there is no place for other_x.lora_up.weight"),
-        ({"lora_unet_y.lora_up.weight": torch.ones(8, 1)}, "y has one half only"),
-        (
-            {"lora_unet_y.lora_up.weight": torch.ones(8, 2), "lora_unet_y.lora_down.weight": torch.ones(1, 8)},
-            "no product",
-        ),
     ],
 )
 def test_a_key_without_a_place_is_an_error(more, said, tmp_path):
@@ -163,6 +158,31 @@ def test_a_key_without_a_place_is_an_error(more, said, tmp_path):
     with pytest.raises(UsageError, match=re.escape(said)):
         convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", None, {})
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"lora_unet_y.lora_up.weight": torch.ones(8, 1)}, "y has one half only"),
+        (
+            {"lora_unet_y.lora_up.weight": torch.ones(8, 2), "lora_unet_y.lora_down.weight": torch.ones(1, 8)},
+            "no product",
+        ),
+    ],
+)
+def test_a_damaged_pair_is_the_fault_of_the_file(more, said, tmp_path):
+    save_file({**{f"{TO_Q}.{end}": tensor for end, tensor in PAIR.items()}, **more}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=re.escape(said)):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", None, {})
+
+
+def test_a_truncated_file_gives_the_exit_code_that_it_gives_generate(kohya, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(kohya.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="cannot be read") as caught:
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "diffusers", None, {})
+    with pytest.raises(ModelError, match="cannot be read") as other:
+        identity.of_header(tmp_path / "a.safetensors")
+    assert caught.value.exit_code == other.value.exit_code
 
 
 def test_a_module_that_xl_has_not(tmp_path):

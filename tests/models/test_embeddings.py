@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from dbcap.errors import UsageError
+from dbcap.errors import ModelError, UsageError
 from dbcap.models.families import load
 from dbcap.models.hub import LocalModel
 from dbcap.models.specs import parse
@@ -79,3 +79,10 @@ def test_files_that_do_not_fit_are_named(folders, tmp_path, model, tensors, word
 
     with pytest.raises(UsageError, match=re.escape(words)):
         use()
+
+
+def test_a_damaged_file_is_one_line(folders, tmp_path):
+    (tmp_path / "new.safetensors").write_bytes(b"\x08")
+    one = family(folders["sd"])
+    with pytest.raises(ModelError, match=r"new\.safetensors cannot be read: .*; it must be a \.safetensors file"):
+        one.add_embedding(tmp_path / "new.safetensors")

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dbcap.errors import UsageError
+from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.models import denoiser
 from dbcap.models.families.original import unet_names
 from dbcap.models.lora import read
@@ -328,8 +328,10 @@ def test_pairs_that_fit_no_layer_are_errors(family, tiny_diffusion, tmp_path, na
 def test_keys_that_fit_nothing_are_errors(tensors, words, tmp_path):
     tensors = {name: torch.zeros(size, size) for name, size in tensors.items()}
     save_file(tensors, tmp_path / "l.safetensors", {"ss_network_dim": "2", "format": "pt"})
-    with pytest.raises(UsageError, match=re.escape(words)):
+    with pytest.raises(DbcapError, match=re.escape(words)) as caught:
         read(tmp_path / "l.safetensors", 1.0, {"unet": True, "text_encoder": True})
+    damaged = any(said in words for said in ("one half only", "not one number", "a second time"))
+    assert caught.type is (ModelError if damaged else UsageError)
 
 
 def test_a_layer_by_both_of_its_names_is_an_error(family, tiny_diffusion, tmp_path):
@@ -338,7 +340,7 @@ def test_a_layer_by_both_of_its_names_is_an_error(family, tiny_diffusion, tmp_pa
     tensors = {f"{name}.{half}.weight": torch.zeros(shape) for name in names for half, shape in halves.items()}
     save_file(tensors, tmp_path / "l.safetensors")
     one = with_lora(family(tiny_diffusion), tmp_path / "l.safetensors", 1.0)
-    with pytest.raises(UsageError, match="conv_in and input_blocks_0_0 are one layer"):
+    with pytest.raises(ModelError, match="conv_in and input_blocks_0_0 are one layer"):
         _ = one.unet
 
 
@@ -349,7 +351,7 @@ def test_numbers_that_are_not_finite_are_errors(end, number, pairs, tmp_path):
     bad = tensors[f"{TO_Q}.{end}"].clone()
     bad.view(-1)[-1] = number
     save_file(tensors | {f"{TO_Q}.{end}": bad.half()}, tmp_path / "l.safetensors")
-    with pytest.raises(UsageError, match=re.escape(f"{TO_Q}.{end} has numbers that are not finite")):
+    with pytest.raises(ModelError, match=re.escape(f"{TO_Q}.{end} has numbers that are not finite")):
         read(tmp_path / "l.safetensors", 1.0, {"unet": True, "text_encoder": True})
 
 
@@ -365,13 +367,13 @@ def test_a_weight_that_its_type_cannot_hold_is_an_error(family, tiny_diffusion, 
 )
 def test_a_config_that_makes_no_sense_is_one_line(said, pairs, tmp_path):
     save_file(peft(pairs)[0], tmp_path / "l.safetensors", {"lora_adapter_metadata": said})
-    with pytest.raises(UsageError, match="its lora_adapter_metadata makes no sense"):
+    with pytest.raises(ModelError, match="its lora_adapter_metadata makes no sense"):
         read(tmp_path / "l.safetensors", 1.0, {"unet": True, "text_encoder": True})
 
 
 def test_what_is_no_safetensors_file_is_one_line(tmp_path):
     (tmp_path / "l.safetensors").write_bytes(b"no")
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(ModelError, match="cannot be read"):
         read(tmp_path / "l.safetensors", 1.0, {"unet": True})
 
 

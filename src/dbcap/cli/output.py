@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,13 @@ from dbcap.files import write_stdout
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
     from dbcap.config.models import CommonConfig
+
+
+_WIDE = 1_000_000
+"""Columns of what has no width of its own, as a file."""
 
 
 def print_lines(lines: Sequence[str]) -> None:
@@ -73,6 +79,17 @@ class Terminal:
     def detail(self, message: str) -> None:
         self._line(message, "dim", shown=self._verbose)
 
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> None:
+        """Show a table as wide as the terminal or as it needs. `right` are columns of numbers; cells may have lines."""
+        table = _grid(columns, rows, right)
+        if self._log:
+            for line in _lines_of(table):
+                self._record(line)
+        if self._quiet or sys.stderr is None:
+            return
+        with contextlib.suppress(OSError):
+            (self.live or stderr_console(None if _is_terminal(sys.stderr) else _WIDE)).print(table)
+
     def help(self, text: str) -> None:
         """Show the help of a group of commands that was called without one."""
         if sys.stderr:
@@ -80,10 +97,7 @@ class Terminal:
 
     def _line(self, message: str, style: str, shown: bool = True) -> None:
         text = printable(message)
-        with contextlib.suppress(OSError):  # that nobody can be told must not change what the run does
-            if self._log:
-                self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
-                self._log.flush()
+        self._record(text)
         if not shown or sys.stderr is None:
             return
         with contextlib.suppress(OSError):
@@ -93,6 +107,12 @@ class Terminal:
             else:
                 sys.stderr.write(text + "\n")
                 sys.stderr.flush()
+
+    def _record(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # that nobody can be told must not change what the run does
+            if self._log:
+                self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
+                self._log.flush()
 
     def track(self, title: str, total: int | None, unit: str = "images") -> AbstractContextManager[Tracker]:
         return _Bar(self, title, total, unit) if self._progress else Silent().track(title, total, unit)
@@ -132,11 +152,11 @@ def _is_terminal(stream: Any) -> bool:
     return stream is not None and bool(stream.isatty())  # a stream that the caller closed is None
 
 
-def stderr_console() -> Console:
+def stderr_console(width: int | None = None) -> Console:
     """Return a rich console on stderr. With NO_COLOR it is plain: rich alone would still print bold and dim."""
     from rich.console import Console
 
-    return Console(stderr=True, color_system=None if os.environ.get("NO_COLOR") else "auto")
+    return Console(stderr=True, width=width, color_system=None if os.environ.get("NO_COLOR") else "auto")
 
 
 def _progress(console: Console, unit: str) -> Progress:
@@ -185,12 +205,29 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         print_lines(["\t".join(printable(cell) for cell in row) for row in rows])
         return
     from rich.console import Console
+
+    table = _grid(columns, [[printable(cell) for cell in row] for row in rows])
+    table.title, table.title_justify = title, "left"
+    Console(color_system=None if os.environ.get("NO_COLOR") else "auto").print(table)
+
+
+def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()) -> Table:
+    """Return a table whose cells are folded where there is too little room, and never cut."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", show_edge=False)
+    table = Table(show_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    Console(color_system=None if os.environ.get("NO_COLOR") else "auto").print(table)
+        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in row))
+    return table
+
+
+def _lines_of(table: Table) -> list[str]:
+    from rich.console import Console
+
+    console = Console(width=_WIDE, color_system=None, file=io.StringIO())
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING
 
 from dbcap.cli.command import command
 from dbcap.cli.help import App
-from dbcap.cli.output import print_lines, printable, stderr_console
+from dbcap.cli.output import Terminal, print_lines
 from dbcap.config.models import CommonConfig, PrepConfig
 
 if TYPE_CHECKING:
     from dbcap.dataset.prepare import PrepReport
-    from dbcap.events import Events
 
 app = App()
 
 
 @app.command()
 @command(PrepConfig)
-def prep(config: PrepConfig, common: CommonConfig, events: Events) -> PrepReport:
+def prep(config: PrepConfig, common: CommonConfig, events: Terminal) -> PrepReport:
     """Prepare photos of a subject for training.
 
     Prints the folder of the data set. Captions come from NAME.txt or NAME.caption beside a photo (lines are joined by
@@ -31,24 +30,17 @@ def prep(config: PrepConfig, common: CommonConfig, events: Events) -> PrepReport
     from dbcap.dataset.run import run
 
     report = run(config, common, events)
-    if not common.quiet:
-        _show(report)
+    _show(report, events)
     print_lines([str(config.out)])
     return report
 
 
-def _show(report: PrepReport) -> None:
-    """Show photos and captions as a table on stderr."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(show_edge=False, header_style="bold")
-    for column in ("photo", "size", "caption by", "caption", "warnings"):
-        table.add_column(column, overflow="fold")
+def _show(report: PrepReport, terminal: Terminal) -> None:
+    """Show photos and captions as a table."""
+    rows = []
     for one in report.photos:
         photo = one.photo
         size = "{}x{} -> {}x{}".format(*one.size, photo.width, photo.height)
         source = "you" if photo.source == "written" else photo.source
-        cells = (one.name, size, source, photo.caption, "\n".join(one.warnings))
-        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in cells))
-    stderr_console().print(table)
+        rows.append((one.name, size, source, photo.caption, "\n".join(one.warnings)))
+    terminal.table(("photo", "size", "caption by", "caption", "warnings"), rows)

@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from dbcap.errors import UsageError
+from dbcap.errors import ModelError, UsageError
 from dbcap.models import lora
 from dbcap.models.families.original import unet_names
 from dbcap.models.parts import published
@@ -75,8 +75,8 @@ def convert(source: Path, target: Path, layout: str, unet: Mapping[str, Any] | N
     """Write a LoRA file with the names of a layout, "kohya" or "diffusers"; returns how many modules it has.
 
     `unet` is the config of the model that it is for; without one that is Stable Diffusion 1, 2 or XL, by its shapes.
-    What the file's header says is kept, and `header` added. Raises UsageError for what is no plain LoRA and for a key
-    without a place.
+    What the file's header says is kept, and `header` added. Raises ModelError for a file that is damaged, UsageError
+    for what is no plain LoRA and for a key without a place.
     """
     read = lora.read(source, 1.0, dict.fromkeys(("unet", *_TEXTS), True))
     xl = _is_xl(read, unet)
@@ -118,7 +118,7 @@ def _modules(read: lora.Lora, source: Path, originals: Mapping[str, str]) -> Ite
             assert pair.up is not None
             if not pair.rank or pair.down.shape[:1] != (pair.rank,):
                 shapes = f"{tuple(pair.up.shape)} x {tuple(pair.down.shape)}"
-                raise UsageError(f"{source}: {name} is {shapes}, which is no product", "the file is damaged")
+                raise ModelError(f"{source}: {name} is {shapes}, which is no product", "the file is damaged")
             path = pair.module if "." in pair.module else originals.get(name) or spelled(name)
             alpha = pair.rank if pair.alpha is None else pair.alpha
             yield Module(part, published(path), pair.down, pair.up, float(alpha))

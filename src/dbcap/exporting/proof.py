@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from dbcap.inputs import discover, shown
 
 FEWEST = 2
 """Images, below which CIDEr-D is 0 whatever they say."""
+
+_OWN_HINTS = ("missing", "unreadable", "heic-extra")
+"""Kinds of InputError whose hint is of use here; those of others are for commands that read images one by one."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +54,27 @@ def check_images(folder: str | None) -> list[str]:
 
 
 def images_in(folder: str, fewest: int) -> list[str]:
-    """Return the images in a folder, all of them readable. Raises UsageError where there are too few, or by name."""
+    """Return the images directly in a folder, or what else names some to `discover`, all of them readable.
+
+    Raises UsageError where there are too few, and for one that cannot be read, which it names.
+    """
     found = []
     for source in discover([folder]).sources:
         try:
             if source.error:
                 raise source.error
+            if source.is_url:
+                raise InputError("is a URL", "fetch it first", kind="missing")
             images.read(source.name)
         except InputError as error:
             name = shown(source.name)
             said = error.message if name in error.message else f"{name}: {error.message}"
-            raise UsageError(said, error.hint) from error
+            raise UsageError(said, error.hint if error.kind in _OWN_HINTS else "take it out, or mend it") from error
         found.append(source.name)
     if len(found) < fewest:
-        raise UsageError(
-            f"{shown(folder)} holds {len(found)} images, and at least {fewest} are needed", "choose another folder"
-        )
+        count = f"{len(found) or 'no'} image{'s' * (len(found) != 1)}{' directly in it' * Path(folder).is_dir()}"
+        needed = f"at least {fewest} {'is' if fewest == 1 else 'are'} needed"
+        raise UsageError(f"{shown(folder)} has {count}, and {needed}", "choose another folder")
     return found
 
 
@@ -104,11 +113,19 @@ def _compared(before: Trial, after: Trial) -> Proof:
 def _try(task: Task, what: str) -> Trial:
     command = [sys.executable, "-m", "dbcap.exporting.trial"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin
+        held, process.stdin = process.stdin, None  # or communicate() would close it, by which the child ends
         try:
-            out, err = process.communicate(json.dumps(asdict(task)).encode())
+            with contextlib.suppress(BrokenPipeError):  # it failed before it read that, and says why
+                held.write(f"{json.dumps(asdict(task))}\n".encode())
+                held.flush()
+            out, err = process.communicate()
         except BaseException:
             process.kill()
             raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                held.close()
     if process.returncode:
         lines = err.decode("utf-8", "replace").strip().splitlines() or [f"exit code {process.returncode}"]
         raise DbcapError(f"the check of {what} failed: {lines[-1]}", "--no-check leaves it out")

@@ -1,14 +1,17 @@
 """A captioner tried in a process of its own, so that its memory is measured alone: `python -m dbcap.exporting.trial`.
 
-It reads a `Task` as JSON from stdin and writes a `Trial` as JSON to stdout.
+It reads a `Task` as one line of JSON from stdin and writes a `Trial` as JSON to stdout. It ends where stdin does, for
+then the process that wants to know has ended.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -109,5 +112,12 @@ def _peak() -> int:
     return 1024 * int(line.split()[1])
 
 
+def _end_with_parent() -> None:
+    os.read(0, 1)  # not by sys.stdin, whose lock Python wants when it ends
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    json.dump(asdict(run(Task(**json.load(sys.stdin)))), sys.stdout)
+    task = Task(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    json.dump(asdict(run(task)), sys.stdout)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from dbcap.errors import UsageError
+from dbcap.errors import ModelError, UsageError
 
 _OF_XL = ("clip_l", "clip_g")
 """How files for SDXL name the vectors of its first and its second encoder."""
@@ -69,11 +69,14 @@ def written_out(text: str, tokenizer: Any) -> str:
 
 
 def read(path: Path, encoders: int) -> Embedding:
-    """Read a file for a model with that many text encoders. Raises UsageError for one that is none, or for another."""
+    """Read a file for a model with that many text encoders. Raises UsageError for one that is none, or for another.
+
+    Raises ModelError for one that is damaged.
+    """
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"--embedding {path} cannot be read: {error}", "it must be a .safetensors file") from error
+        raise ModelError(f"{path} cannot be read: {error}", "it must be a .safetensors file") from error
     word = path.stem
     if set(_OF_XL) <= found.keys():
         vectors = [found[name] for name in _OF_XL]

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from dbcap.errors import UsageError
+from dbcap.errors import ModelError, UsageError
 
 _PARTS = {
     "lora_unet_": "unet",
@@ -88,7 +88,7 @@ class Lora:
     def merge(self, part: str, module: nn.Module, also: Mapping[str, str] = MappingProxyType({})) -> None:
         """Add to the weights of a part; `also` holds second names of its modules, by their paths.
 
-        Raises UsageError for a module that it has not, or of another shape, and for one that the file has twice.
+        Raises UsageError for a module that it has not, or of another shape, ModelError for one that the file has twice.
         """
         layers = {
             flat(name): layer
@@ -102,7 +102,7 @@ class Lora:
             if layer is None:
                 raise UsageError(f"{self.path}: the {part} of this model has no {name}", "it is for another model")
             if layer in merged:
-                raise UsageError(f"{self.path}: {merged[layer]} and {name} are one layer", _TWICE)
+                raise ModelError(f"{self.path}: {merged[layer]} and {name} are one layer", _TWICE)
             merged[layer] = name
             self._add(name, layer, pair)
 
@@ -125,7 +125,10 @@ class Lora:
 
 
 def read(path: Path, scale: float, has: Mapping[str, bool]) -> Lora:
-    """Read a file; `has` tells which parts the model has. Raises UsageError for a key that fits nothing."""
+    """Read a file; `has` tells which parts the model has.
+
+    Raises ModelError for a file that is damaged, UsageError for one of another kind and for a key that fits nothing.
+    """
     lora = Lora(path, scale)
     try:
         with safe_open(path, "pt") as file:
@@ -136,14 +139,14 @@ def read(path: Path, scale: float, has: Mapping[str, bool]) -> Lora:
                     raise UsageError(f"{path}: {key} is for a {part}, which this model has not", "use another model")
                 pair = lora.parts.setdefault(part, {}).setdefault(flat(module), _Pair(module))
                 if getattr(pair, kind) is not None:
-                    raise UsageError(f"{path}: {key} is in it a second time, by another name", _TWICE)
+                    raise ModelError(f"{path}: {key} is in it a second time, by another name", _TWICE)
                 setattr(pair, kind, _sound(key, kind, file.get_tensor(key), path))
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"--lora {path} cannot be read: {error}", "it must be a .safetensors file") from error
+        raise ModelError(f"{path} cannot be read: {error}", "it must be a .safetensors file") from error
     for part, pairs in lora.parts.items():
         for name, pair in pairs.items():
             if pair.down is None or pair.up is None:
-                raise UsageError(f"{path}: {name} has one half only", "the file is damaged, or of another kind")
+                raise ModelError(f"{path}: {name} has one half only", "the file is damaged, or of another kind")
             if pair.alpha is None and part in configs:
                 pair.alpha = configs[part].alpha_of(pair)
     if not lora.parts:
@@ -176,9 +179,9 @@ def _split(key: str, path: Path) -> tuple[str, str]:
 
 def _sound(key: str, kind: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
     if not _finite(tensor.float()):
-        raise UsageError(f"{path}: {key} has numbers that are not finite", "its training failed; choose another file")
+        raise ModelError(f"{path}: {key} has numbers that are not finite", "its training failed; choose another file")
     if kind == "alpha" and tensor.numel() != 1:
-        raise UsageError(f"{path}: {key} is {tuple(tensor.shape)}, and not one number", "choose another file")
+        raise ModelError(f"{path}: {key} is {tuple(tensor.shape)}, and not one number", "choose another file")
     return tensor
 
 
@@ -197,7 +200,7 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, _Config]:
                 rooted = bool(said.get(f"{part}.use_rslora"))
                 found[part] = _Config(float(said[f"{part}.lora_alpha"]), patterns, rooted)
     except (ValueError, TypeError, AttributeError, re.error) as error:
-        raise UsageError(f"{path}: its lora_adapter_metadata makes no sense: {error}", "choose another file") from error
+        raise ModelError(f"{path}: its lora_adapter_metadata makes no sense: {error}", "choose another file") from error
     return found
 
 
