@@ -16,6 +16,7 @@ LOCKED = 4
 OUT_OF_TIME = 5
 SIGINT = 130
 SIGTERM = 143
+SIGHUP = 129
 
 
 class DbcapError(Exception):

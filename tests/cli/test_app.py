@@ -198,7 +198,8 @@ def test_a_signal_ends_a_plugins_command(project, acts, number, code, word):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")],
 )
 def test_a_signal_ends_a_command_of_ours(project, monkeypatch, number, code, word):
     editor = project / "editor"

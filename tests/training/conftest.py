@@ -32,7 +32,8 @@ class Training:
     def __call__(self, *words: str | os.PathLike[str]) -> Result:
         """Run a command line."""
         self._capfd.readouterr()
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+        handlers = {number: signal.getsignal(number) for number in numbers}
         try:
             code = command([*map(os.fspath, words)])
         finally:

@@ -10,8 +10,8 @@ import pytest
 from dbcap.errors import Interrupted
 from dbcap.training.signals import Signals
 
-ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ENDS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,13 @@ def test_the_second_one_says_how_it_ends():
     with pytest.raises(Interrupted) as end:
         got(signals, signal.SIGINT, signal.SIGTERM)
     assert (signals.exit_code, end.value.exit_code) == (130, 143)
+
+
+def test_what_nohup_ignores_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals()
+    got(signals, signal.SIGHUP, signal.SIGHUP)
+    assert signals.exit_code is None
 
 
 def test_a_wish_for_a_checkpoint_ends_nothing():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dbcap.errors import FAILED, OK, SIGINT, SIGTERM, USAGE, DbcapError, Interrupted, did_you_mean
+from dbcap.errors import FAILED, OK, SIGINT, USAGE, DbcapError, Interrupted, did_you_mean
 from dbcap.files import NO_ROOM
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def explain(error: BaseException, terminal: Terminal) -> int:
         return _nobody_reads()
     if isinstance(error, KeyboardInterrupt | Interrupted):
         code, state = (error.exit_code, error.state) if isinstance(error, Interrupted) else (SIGINT, "")
-        terminal.error(("terminated" if code == SIGTERM else "interrupted") + (f": {state}" if state else ""))
+        terminal.error(("interrupted" if code == SIGINT else "terminated") + (f": {state}" if state else ""))
         return code
     if isinstance(error, _UsageProblem):
         if type(error).__name__ == "NoArgsIsHelpError":

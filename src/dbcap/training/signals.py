@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
-from dbcap.errors import SIGINT, SIGTERM, Interrupted
+from dbcap.errors import SIGHUP, SIGINT, SIGTERM, Interrupted
 
-_CODES = {signal.SIGINT: SIGINT, signal.SIGTERM: SIGTERM}
+_CODES: dict[Any, int] = {signal.SIGINT: SIGINT, signal.SIGTERM: SIGTERM}
+if hasattr(signal, "SIGHUP"):  # the terminal is gone; Windows has it not
+    _CODES[signal.SIGHUP] = SIGHUP
 
 
 class StoppedError(Exception):
@@ -48,8 +50,9 @@ class Signals:
 
     def listen(self) -> None:
         """Take signals, from Lightning too, which takes some when a fit begins."""
-        for number in _CODES:
-            signal.signal(number, self._end)
+        for number, code in _CODES.items():
+            if code != SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has it ignored
+                signal.signal(number, self._end)
         for number in self._wishes():
             signal.signal(number, self._wish)
 
