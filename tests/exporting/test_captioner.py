@@ -159,6 +159,21 @@ def test_the_layout_of_optimum_has_one_variant_under_standard_names(tiny_caption
     assert sorted(path.name for path in out.glob("**/*.onnx")) == ["decoder_model_merged.onnx", "encoder_model.onnx"]
     assert not (out / "onnx").exists()
     assert Captioner.load(out).caption(pictures) == Captioner.load(f"{gpt2}:int8").caption(pictures)
+    assert Captioner.load(f"{out}:int8").caption(pictures) == Captioner.load(out).caption(pictures)
+    with pytest.raises(UsageError, match=r"has no variant fp32; there is int8$"):
+        Captioner.load(f"{out}:fp32")
+
+
+@pytest.mark.parametrize("told", ["", "{", "[]", '{"files": [{"name": "encoder_model.onnx", "variant": ["int8"]}]}'])
+def test_files_of_which_nothing_is_told_are_float32(gpt2, tmp_path, told):
+    folder = shutil.copytree(gpt2, tmp_path / "o", ignore=shutil.ignore_patterns("onnx", "export.json"))
+    for name in ("encoder_model.onnx", "decoder_model_merged.onnx"):
+        shutil.copyfile(gpt2 / "onnx" / name, folder / name)
+    if told:
+        (folder / "export.json").write_text(told)
+    assert Captioner.load(f"{folder}:fp32")
+    with pytest.raises(UsageError, match=r"has no variant int8; there is fp32$"):
+        Captioner.load(f"{folder}:int8")
 
 
 def test_calibrated_encoders_quantise_by_fixed_ranges(tiny_captioner, export, tmp_path, samples, pictures):
@@ -220,6 +235,38 @@ def test_engines_devices_and_variants_that_are_not_there(gpt2, tiny_captioner, e
     out = export(tiny_captioner, tmp_path / "o", fp16=True, fp32=False)
     with pytest.raises(UsageError, match="has no variant int8"):
         Captioner.load(f"{out}:int8")
+    with pytest.raises(UsageError, match=r"o has no variant int4; there is fp16$"):
+        Captioner.load(f"{out}:int4")
+
+
+def test_a_folder_without_onnx_files_is_told_how_to_get_them(tiny_captioner, gpt2, tiny_diffusion, tmp_path):
+    for variant in ("int8", "int7"):
+        with pytest.raises(ModelError) as raised:
+            Captioner.load(f"{tiny_captioner}:{variant}")
+        said = f"{tiny_captioner} has no ONNX files; `dbcap export {tiny_captioner} --onnx` makes them"
+        assert str(raised.value) == said
+    gone = shutil.copytree(gpt2, tmp_path / "gone", ignore=shutil.ignore_patterns("onnx"))
+    for model, engine in ((gone, "auto"), (gone, "onnx"), (f"{gone}:int8", "auto")):
+        with pytest.raises(ModelError, match=r"gone has no ONNX files; .*: export the model again$"):
+            Captioner.load(model, engine=engine)
+    with pytest.raises(ModelError, match="is a diffusion pipeline, no captioner"):
+        Captioner.load(tiny_diffusion, engine="onnx")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"decoder_start_token_id": 999_999}, "names the token 999999 to begin captions, and its decoder has"),
+        ({"pad_token_id": -1}, "names the token -1 to fill up captions"),
+        ({"eos_token_id": "."}, "names the token '.' to end captions"),
+    ],
+)
+def test_tokens_that_are_none_are_one_line(gpt2, tmp_path, settings, said):
+    folder = shutil.copytree(gpt2, tmp_path / "copy")
+    told = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(told | settings))
+    with pytest.raises(ModelError, match=said):
+        Captioner.load(folder)
 
 
 def test_a_damaged_file_is_one_line(gpt2, tmp_path):

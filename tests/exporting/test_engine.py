@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,7 +11,9 @@ import pytest
 
 from dbcap.captioning.engines.onnx import OnnxEngine
 from dbcap.captioning.search import MIN_ROWS
+from dbcap.errors import ModelError
 from dbcap.models.exported import files_of
+from dbcap.models.onnx_session import run_errors
 
 WORDS = 10_000
 """More than the vocabulary has."""
@@ -97,3 +100,35 @@ def test_shapes_are_computed_only_where_a_cross_attention_needs_them(gpt2, name)
     assert kinds["Concat"] <= 2 + 1  # a layer each, and one of the output layer
     used = {value for node in graph.node for value in node.input} | {value.name for value in graph.output}
     assert all(set(node.output) & used for node in graph.node)
+
+
+def test_files_of_something_else_are_refused_as_they_are_loaded(gpt2, tmp_path):
+    encoder, decoder = (gpt2 / "onnx" / name for name in files_of("fp32"))
+    model, deeper = onnx.load(encoder), tmp_path / "encoder_model.onnx"
+    model.graph.node[-1].output[:] = ["layers"]
+    model.graph.node.append(onnx.helper.make_node("Concat", ["layers"] * 2, ["last_hidden_state"], axis=1))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value *= 2
+    onnx.save(model, deeper)
+    for one, other, said in (
+        (decoder, decoder, "decoder_model_merged.onnx is not what dbcap or Optimum export: it asks for input_ids"),
+        (encoder, encoder, "it is no decoder of dbcap's"),
+        (deeper, decoder, "are not of one model"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            OnnxEngine(one, other, 1)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_what_goes_wrong_as_a_file_runs_is_one_line_and_no_log(engine, pixels, capfd, threads):
+    loaded = engine("fp32", threads)
+    with pytest.raises(ModelError, match=r"encoder_model\.onnx cannot be run: .*invalid dimensions"):
+        loaded.encode(pixels[:, :, :9], 1, 8)
+    cache = loaded.encode(pixels, 1, 8)
+    with pytest.raises(ModelError, match=r"decoder_model_merged\.onnx cannot be run: .*out of data bounds"):
+        loaded.step(np.full(5, 999_999), cache, 1, np.zeros((5, 0), np.int64))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_lack_of_memory_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="alloc"), run_errors(Path("x.onnx")):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 9")

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from dbcap.errors import DbcapError, LockHeldError, UsageError
-from dbcap.exporting.publish import CONTENTS, HEADER, MANIFEST, file_for, refuse, whole_file, whole_folder
+from dbcap.exporting.publish import CONTENTS, HEADER, file_for, refuse, whole_file, whole_folder
+from dbcap.models.exported import MANIFEST
 from dbcap.models.tensors import save_file
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,17 @@ def test_what_it_cannot_do_is_one_line(generate, exported):
         (["--embedding", "word.safetensors"], "has ONNX files, to which word.safetensors cannot be added"),
     ):
         assert said in generate.refused("a dog", *words, model=exported)
+    for variant in ("int8", "fp32", "int7"):
+        said = f"{exported} is a diffusion pipeline, whose folder has one precision; leave out :{variant}"
+        assert said in generate.refused("a dog", model=f"{exported}:{variant}")
+
+
+def test_embeddings_are_refused_whatever_their_word_is(generate, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "taught")
+    (folder / "dbcap.json").write_text('{"identifier": "ab", "class": "dog"}')
+    save_file({"word": torch.zeros(1, 32)}, "word.safetensors", {"dbcap": '{"identifier": "cd", "class": "dog"}'})
+    said = "has ONNX files, to which word.safetensors cannot be added"
+    assert said in generate.refused("a dog", "--embedding", "word.safetensors", model=folder)
 
 
 def test_what_it_does_without_is_said(generate, exported):
@@ -141,6 +153,33 @@ def test_a_graph_of_another_kind_is_one_line(generate, exported, tmp_path):
     code, lines, err = generate("a dog", model=folder)
     assert (code, lines, err.count("\n")) == (1, [], 1)
     assert "unet/model.onnx is not what dbcap or Optimum export: it asks for latent_sample" in err
+
+
+def test_a_graph_that_does_not_fit_the_others_is_one_line(generate, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "broken")
+    path = folder / "text_encoder/model.onnx"
+    model = onnx.load(path)
+    (given,) = (value for value in model.graph.output if value.name == "last_hidden_state")
+    for node in model.graph.node:
+        node.output[:] = ["wide" if name == given.name else name for name in node.output]
+    model.graph.node.append(onnx.helper.make_node("Concat", ["wide", "wide"], [given.name], axis=2))
+    del given.type.tensor_type.shape.dim[:]
+    onnx.save(model, path)
+    code, lines, err = generate("a dog", model=folder)
+    assert (code, lines, err.count("\n")) == (1, [], 1)
+    assert "unet/model.onnx cannot be run: " in err
+    assert "export the model again" in err
+
+
+def test_an_export_without_a_file_is_made_again(generate, exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "export")
+    (folder / "export.json").write_text('{"files": [{"name": "unet/model.onnx", "variant": "fp32"}]}')
+    for missing in ("text_encoder/model.onnx", "unet/model.onnx"):
+        (folder / missing).unlink()
+        for words in ([], ["--engine", "onnx"]):
+            code, lines, err = generate("a dog", *words, model=folder)
+            assert (code, lines, err.count("\n")) == (1, [], 1)
+            assert err.endswith("it is an export and not whole: export the model again\n")
 
 
 def test_it_is_not_trained(home, exported, tiny_dataset, capfd):

@@ -15,7 +15,7 @@ from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.onnx import OnnxEngine
 from dbcap.captioning.preprocessing import Preprocessing
 from dbcap.captioning.search import Found, search
-from dbcap.captioning.settings import decoding_defaults, positions_of, special_tokens
+from dbcap.captioning.settings import GENERATION, decoding_defaults, positions_of, special_tokens
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, read_object
 from dbcap.plugins.api import Candidate, Capabilities
@@ -46,6 +46,16 @@ class ExportedCaptioner:
         # As transformers: not for BPE, whose spaces before a full stop are the text's own.
         self._cleans = bool(told.get("clean_up_tokenization_spaces")) and type(self._tokenizer.model).__name__ != "BPE"
         self.engine = OnnxEngine(encoder, decoder, threads)
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """Raise ModelError for special tokens that the decoder cannot read, or that are none."""
+        special, size = self._special, self.engine.vocabulary
+        for use, token in (("begin", special.start), ("fill up", special.pad), *(("end", one) for one in special.ends)):
+            # One that the decoder never makes ends no caption, and that is all.
+            if type(token) is not int or (use != "end" and token not in range(size)):
+                what = f"names the token {token!r} to {use} captions, and its decoder has {size} tokens"
+                raise ModelError(f"the {GENERATION} of {self.name} {what}", "correct it, or export the model again")
 
     @property
     def capabilities(self) -> Capabilities:

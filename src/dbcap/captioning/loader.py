@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbcap.errors import UsageError
 from dbcap.events import Events
-from dbcap.models import cpu, device
+from dbcap.models import cpu, device, exported
 from dbcap.models.device import Choice
 from dbcap.models.hub import LocalModel
 from dbcap.plugins.api import Captioner
@@ -85,7 +85,8 @@ def _exported(
     if compiled:
         events.say("--compile is left out: torch.compile has no part in the ONNX engine")
     encoder, decoder = local.onnx
-    variant = encoder.stem.removeprefix("encoder_model").lstrip("_") or "fp32"
+    standard = exported.standard_in(local.folder) if encoder.parent == local.folder else "fp32"
+    variant = encoder.stem.removeprefix("encoder_model").lstrip("_") or standard
     parameters = int(sum(path.stat().st_size for path in local.onnx) / _BYTES.get(variant, 4))
     choice = device.choose(
         device="cpu", dtype="float32", batch_size=batch_size, parameters=parameters, threads=cpu.cores()

@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from dbcap.errors import DbcapError, UsageError
 from dbcap.files import NO_ROOM, lock_beside, sync_folder, sync_tree
 from dbcap.inputs import shown
+from dbcap.models.exported import MANIFEST
 
-MANIFEST = "export.json"
 CONTENTS = "contents"
 """The manifest's list of all files of the export, itself among them: what --force may remove."""
 HEADER = "dbcap.export"

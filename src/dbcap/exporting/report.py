@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from dbcap import __version__
 from dbcap.config.models import ExportConfig
-from dbcap.exporting.publish import CONTENTS, HEADER, MANIFEST, files_in
+from dbcap.exporting.publish import CONTENTS, HEADER, files_in
 from dbcap.files import sha256_of
 from dbcap.models import cpu
+from dbcap.models.exported import MANIFEST
 
 if TYPE_CHECKING:
     from dbcap.models.hub import LocalModel

@@ -7,13 +7,15 @@ from collections.abc import Collection
 from pathlib import Path
 
 from dbcap.errors import ModelError, UsageError
-from dbcap.models.layout import Choice, small_of
+from dbcap.models.layout import PIPELINE, Choice, read_object, small_of
 
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q4": "_q4"}
 """Variant, as `--model FOLDER:int8` names it -> what its files have before their ending, in the order of sizes."""
 PREFERRED = ("int8", "fp32", "fp16", "q4")
 """What is taken of a folder when nothing is said."""
 FOLDER = "onnx"
+MANIFEST = "export.json"
+"""What `dbcap export` says of a folder that it wrote."""
 EXTERNAL = "_data"
 """What the file with the weights beside a large graph has after its ending."""
 
@@ -24,20 +26,28 @@ def files_of(variant: str) -> tuple[str, str]:
     return f"encoder_model{suffix}.onnx", f"decoder_model_merged{suffix}.onnx"
 
 
-def variants(names: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Return the variants that are there, of the paths inside a folder: name -> the two files."""
+def variants(names: Collection[str], standard: str = "fp32") -> dict[str, tuple[str, str]]:
+    """Return the variants that are there, of the paths inside a folder: name -> the two files.
+
+    `standard` is the one that Optimum's layout has, whose files have standard names, and not in `FOLDER`.
+    """
     found: dict[str, tuple[str, str]] = {}
-    for variant in SUFFIXES:
-        for folder in (f"{FOLDER}/", "") if variant == "fp32" else (f"{FOLDER}/",):
-            encoder, decoder = (folder + name for name in files_of(variant))
-            if encoder in names and decoder in names:
-                found.setdefault(variant, (encoder, decoder))
+    places = [(variant, f"{FOLDER}/", variant) for variant in SUFFIXES] + [(standard, "", "fp32")]
+    for variant, folder, named in places:
+        encoder, decoder = (folder + name for name in files_of(named))
+        if encoder in names and decoder in names:
+            found.setdefault(variant, (encoder, decoder))
     return found
 
 
-def choose(names: Collection[str], where: str, variant: str = "") -> Choice:
-    """Return which files are read. Raises `ModelError`, naming `where`, without ONNX files or without that variant."""
-    found = variants(names)
+def choose(names: Collection[str], where: str, variant: str = "", standard: str = "fp32") -> Choice:
+    """Return which files are read; `standard` as in `variants`.
+
+    Raises `ModelError`, naming `where`, without ONNX files of a captioner, `UsageError` without that variant.
+    """
+    found = variants(names, standard)
+    if not found and PIPELINE in names:
+        raise ModelError(f"{where} is a diffusion pipeline, no captioner", "choose another --model")
     if not found:
         raise ModelError(f"{where} has no ONNX files", f"`dbcap export {where} --onnx` makes them")
     if variant and variant not in found:
@@ -49,7 +59,22 @@ def choose(names: Collection[str], where: str, variant: str = "") -> Choice:
 
 def choose_in(folder: Path, where: str, variant: str = "") -> Choice:
     """Return which files of `folder` are read."""
-    return choose(names_in(folder), where, variant)
+    return choose(names_in(folder), where, variant, standard_in(folder))
+
+
+def standard_in(folder: Path) -> str:
+    """Return which variant the files with standard names are that are not in `FOLDER`; see `variants`."""
+    told = recorded(folder).get(files_of("fp32")[0], "")
+    return told if told in SUFFIXES else "fp32"
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """Return the ONNX files that the manifest of a folder names, and the variant of each; none without a manifest."""
+    try:
+        files = read_object(folder / MANIFEST)["files"]
+        return {one["name"]: str(one["variant"]) for one in files if one["name"].endswith(".onnx")}
+    except (ModelError, LookupError, TypeError, AttributeError):
+        return {}
 
 
 def names_in(folder: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from dbcap.events import Events
 from dbcap.models import exported, onnx_weights, pipelines, remote, single_file, trained
 from dbcap.models.hashing import content_hash, fingerprint
 from dbcap.models.layout import (
+    CONFIG,
     PIPELINE,
     Files,
     choose,
@@ -24,7 +26,7 @@ from dbcap.models.layout import (
 )
 from dbcap.models.remote import HubOutOfReachError, ModelFile
 from dbcap.models.single_file import SingleFile
-from dbcap.models.specs import FORMS, ModelSpec, named_or_folder, parse
+from dbcap.models.specs import FORMS, OF_RUN, ModelSpec, named_or_folder, parse
 from dbcap.models.trained import Addition, Trained
 from dbcap.plugins import loader
 from dbcap.plugins.api import Model
@@ -179,8 +181,19 @@ def _refuse_onnx(spec: ModelSpec, kind: str | None) -> None:
 
 
 def parsed(text: str) -> ModelSpec:
+    _refuse_unknown_variant(text)
     spec = parse(text)
     return named_or_folder(spec, [model.name for model in loader.models()]) if spec.kind == "named" else spec
+
+
+def _refuse_unknown_variant(text: str) -> None:
+    """Raise what a folder that is a model says to a variant after its name that no folder has, as in ./model:int7."""
+    written = os.path.expanduser(text)
+    folder, _, variant = written.rpartition(":")
+    if not folder or variant in exported.SUFFIXES or text.startswith(OF_RUN) or os.path.exists(written):
+        return
+    if any(os.path.isfile(os.path.join(folder, name)) for name in (CONFIG, PIPELINE)):
+        layout_of(Path(folder), text, None, variant=variant)
 
 
 def kinds(text: str) -> tuple[str, ...]:
@@ -263,13 +276,26 @@ def kind_in(folder: Path) -> str:
 
 
 def layout_of(folder: Path, where: str, kind: str | None, safety: bool = False, variant: str = "") -> Files:
-    """Return which files of a folder are read."""
-    if (kind or kind_in(folder)) in ("diffusion", "diffusion-onnx"):
-        return pipelines.choose_in(folder, where, safety=safety, onnx=kind == "diffusion-onnx")
-    names = exported.names_in(folder)
-    if kind == "onnx" or variant or (exported.variants(names) and not has_weights(names)):
-        return exported.choose(names, where, variant)
-    return choose_in(folder, where)
+    """Return which files of a folder are read. Raises `ModelError`, or `UsageError` for a variant it has not."""
+    is_pipeline = (folder / PIPELINE).is_file()
+    diffusion = (kind or kind_in(folder)) in ("diffusion", "diffusion-onnx")
+    where = where.removesuffix(f":{variant}") if variant else where
+    try:
+        if diffusion:
+            if is_pipeline and variant:
+                raise UsageError(
+                    f"{where} is a diffusion pipeline, whose folder has one precision", f"leave out :{variant}"
+                )
+            return pipelines.choose_in(folder, where, safety=safety, onnx=kind == "diffusion-onnx")
+        names = exported.names_in(folder)
+        files = exported.variants(names) or exported.recorded(folder)
+        if kind == "onnx" or variant or (files and not has_weights(names)):
+            return exported.choose_in(folder, where, variant)
+        return choose_in(folder, where)
+    except ModelError as error:
+        if is_pipeline == diffusion and exported.recorded(folder):
+            raise ModelError(error.message, "it is an export and not whole: export the model again") from error
+        raise
 
 
 def in_cache(spec: ModelSpec, kind: str | None, safety: bool = False) -> tuple[Path, str] | None:

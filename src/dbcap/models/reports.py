@@ -83,7 +83,7 @@ def inspect(text: str, *, kind: str | None = None, offline: bool, events: Events
 def _inspect_folder(spec: ModelSpec, folder: Path, kind: str | None, memory: Path) -> ModelReport:
     choice, problem = None, ""
     try:
-        choice = hub.layout_of(folder, spec.text, kind)
+        choice = hub.layout_of(folder, spec.text, kind, variant=spec.variant)
         names, revision = choice.names, fingerprint(folder, choice.names, memory)
     except ModelError as error:
         problem, revision = error.message, ""

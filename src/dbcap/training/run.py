@@ -115,8 +115,9 @@ def train(config: TrainConfig, asked: Container[str], common: CommonConfig, even
 def _rooted(config: TrainConfig) -> TrainConfig:
     """Return the settings with absolute paths: a run may go on from another folder."""
     data = tuple(os.path.abspath(os.path.expanduser(one)) for one in config.data)
-    path = parsed(config.model).path
-    places = {"base": config.base, "class_dir": config.class_dir, **({"model": path} if path else {})}
+    model = parsed(config.model)
+    own = {"model": model.path} if model.path and not model.variant else {}  # with a variant it will be refused
+    places = {"base": config.base, "class_dir": config.class_dir, **own}
     rooted = {name: os.path.abspath(place) for name, place in places.items() if place}
     return config.model_copy(update={"data": data, **rooted})
 

@@ -30,11 +30,13 @@ from onnxruntime import OrtValue
 from dbcap.captioning.rules import Best, Ids
 from dbcap.captioning.search import MIN_ROWS
 from dbcap.errors import ModelError
-from dbcap.models.onnx_session import opened
+from dbcap.models.onnx_session import check, opened, run_errors
 
 HANDED = "encoder_hidden_states"
 FOUND = ("tokens", "top_logits", "top_logprobs", "watched_logits", "watched_logprobs")
 """The outputs that the search looks at: see `rules.Best`."""
+STEP = ("input_ids", "rows", "best", "watched")
+"""The inputs of a step beside keys and values."""
 
 
 @dataclass
@@ -67,13 +69,20 @@ class OnnxEngine:
         """Load the two files. Raises ModelError where they are not what dbcap exports, or damaged."""
         self._decoder = opened(decoder, threads, _for_search)
         self._encoder = opened(encoder, threads)
-        self._file, self._threads = encoder, threads
+        self._files, self._threads = (encoder, decoder), threads
         past = [one for one in self._decoder.get_inputs() if one.name.startswith("past_key_values.")]
         self._past = [one.name for one in past]
         self._heads, self._size = past[0].shape[1], past[0].shape[3]
         self._outputs = [*FOUND, *(name.replace("past_key_values", "present") for name in self._past)]
         told = self._decoder.get_modelmeta().custom_metadata_map
-        self._vocabulary, self._by_blocks = int(told["vocabulary"]), bool(told["by_blocks"])
+        self.vocabulary = int(told["vocabulary"])
+        """How many tokens there are."""
+        self._by_blocks = bool(told["by_blocks"])
+        check(self._encoder, encoder, ["pixel_values"], ["last_hidden_state"])
+        cross = [f"cross.{number}" for number in range(len(past))]
+        check(self._decoder, decoder, [*STEP, *cross, *self._past], self._outputs)
+        if self._encoder.get_outputs()[0].shape[1:2] != [len(cross)]:  # keys and values of each layer
+            raise ModelError(f"{encoder} and {decoder} are not of one model", "export the model again")
 
     def encode(self, pixels: npt.NDArray[np.float32], width: int, length: int) -> Cache:  # noqa: ARG002
         """Encode pixels (B, 3, H, W), and make the cache for B x `width` rows."""
@@ -92,17 +101,20 @@ class OnnxEngine:
         """Yield what the encoder hands over of each image: (2 L, H, S D)."""
         if 1 < self._threads <= len(pixels):
             encoder, workers = self._side_by_side
-            for (handed,) in workers.map(lambda image: encoder.run(None, {"pixel_values": image[None]}), pixels):
-                yield handed[0]
-            return
-        for image in pixels:
-            (handed,) = self._encoder.run(None, {"pixel_values": image[None]})
-            yield handed[0]
+            yield from workers.map(functools.partial(self._encoded, encoder), pixels)
+        else:
+            yield from (self._encoded(self._encoder, image) for image in pixels)
+
+    def _encoded(self, encoder: Any, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        with run_errors(self._files[0]):
+            (handed,) = encoder.run(["last_hidden_state"], {"pixel_values": image[None]})
+        found: npt.NDArray[np.float32] = handed[0]
+        return found
 
     @functools.cached_property
     def _side_by_side(self) -> tuple[Any, ThreadPoolExecutor]:
         """The encoder on one thread, and the threads that it is called from."""
-        return opened(self._file, 1), ThreadPoolExecutor(self._threads)
+        return opened(self._files[0], 1), ThreadPoolExecutor(self._threads)
 
     def _enough(self, images: int, width: int) -> int:
         """Return how many images there must be for no row to depend on how many there are."""
@@ -117,7 +129,7 @@ class OnnxEngine:
         small = {
             "input_ids": tokens[filled, None],
             "rows": cache.rows[filled],
-            "best": np.array([min(best, self._vocabulary)]),
+            "best": np.array([min(best, self.vocabulary)]),
             "watched": np.maximum(watched[filled], 0),
         }
         for name, array in small.items():
@@ -128,7 +140,8 @@ class OnnxEngine:
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name)
-        self._decoder.run_with_iobinding(binding)
+        with run_errors(self._files[1]):
+            self._decoder.run_with_iobinding(binding)
         found = binding.get_outputs()
         cache.past, cache.rows = list(found[len(FOUND) :]), np.arange(len(tokens))
         return Best(*(value.numpy()[: len(tokens)] for value in found[: len(FOUND)]))
@@ -150,10 +163,15 @@ def _for_search(model: onnx.ModelProto) -> None:
     """Change the ends of a decoder's graph, in place: see the top of this file."""
     graph = model.graph
     inputs = {value.name: value for value in graph.input}
-    if HANDED not in inputs or "use_cache_branch" in inputs:
+    past = inputs.get("past_key_values.0.key")
+    if HANDED not in inputs or "use_cache_branch" in inputs or past is None:
         raise ModelError("it is no decoder of dbcap's")
+    axes = [past.type.tensor_type.shape.dim[place] for place in (1, 3)]
+    axes.append(graph.output[0].type.tensor_type.shape.dim[2])
+    if not all(axis.dim_value for axis in axes):
+        raise ModelError("its heads, their width or its vocabulary have no fixed size")
     nodes = _order_rows(graph) + _by_layer(graph)
-    vocabulary = graph.output[0].type.tensor_type.shape.dim[2].dim_value
+    vocabulary = axes[-1].dim_value
     by_blocks = any(node.op_type == "MatMulNBits" for node in nodes)
     for key, value in (("vocabulary", str(vocabulary)), ("by_blocks", "yes" * by_blocks)):
         model.metadata_props.add(key=key, value=value)

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from dbcap.errors import ModelError
+from dbcap.errors import ModelError, UsageError
 from dbcap.models import identity, pipelines
 from dbcap.models.identity import Identity
 from dbcap.models.layout import CONFIG, read_object
@@ -121,10 +121,21 @@ class Description:
         return self._local.parameters
 
     def identity_with(self, files: Iterable[Path]) -> Identity:
-        """Return the identifier and the class word of a model, and of LoRA and embedding files, that dbcap trained."""
+        """Return the identifier and the class word of a model, and of LoRA and embedding files, that dbcap trained.
+
+        Raises UsageError where they differ, and for files beside ONNX files.
+        """
+        files = list(files)
+        if self.exported and files:
+            self.refuse(files[0])
         made = self._local.trained
         said = [(self.name, made.identity if made else identity.of_folder(self.folder))]
         return identity.agreed([*said, *((str(path), identity.of_header(path)) for path in files)])
+
+    def refuse(self, path: Path) -> NoReturn:
+        """Refuse a LoRA or embedding file, of which ONNX files take none."""
+        hint = "add it to the model they were made of"
+        raise UsageError(f"{self.name} has ONNX files, to which {path} cannot be added", hint)
 
     @property
     def factor(self) -> int:

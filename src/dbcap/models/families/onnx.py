@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from dbcap.errors import ModelError, UsageError
+from dbcap.errors import ModelError
 from dbcap.models import onnx_session
 from dbcap.models.families.sd import StableDiffusion
 from dbcap.models.families.sdxl import StableDiffusionXL
@@ -44,20 +44,22 @@ class Graph:
         # A denoiser of SD 1.5's size, 64x64 latents: a peak of 6.5 GB instead of 9.5 in float32, 4.1 instead of 7.3 in
         # int8, and as fast. What is reserved would stay reserved while pictures are decoded.
         self._session = onnx_session.opened(path, torch.get_num_threads(), keeps=False)
+        onnx_session.check(self._session, path, inputs, outputs)
+        self._path = path
         self._inputs = {one.name: one for one in self._session.get_inputs()}
         self._outputs = [one.name for one in self._session.get_outputs()]
-        wrong = [f"it asks for {name}" for name in self._inputs if name not in inputs]
-        wrong += [f"it does not give {name}" for name in outputs if name not in self._outputs]
-        if wrong:
-            raise ModelError(f"{path} is not what dbcap or Optimum export: {wrong[0]}", "export the model again")
 
     def run(self, **given: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return all outputs by name, numbers as float32. What the graph does not ask for is left out."""
+        """Return all outputs by name, numbers as float32. What the graph does not ask for is left out.
+
+        Raises ModelError for a graph that does not fit what it gets.
+        """
         arrays = {}
         for name, about in self._inputs.items():
             array = given[name].numpy(force=True).astype(_TYPES[about.type], copy=False)
             arrays[name] = np.ascontiguousarray(array).reshape(array.shape or (1,) * len(about.shape))
-        found = self._session.run(self._outputs, arrays)
+        with onnx_session.run_errors(self._path):
+            found = self._session.run(self._outputs, arrays)
         return {name: torch.from_numpy(one).float() for name, one in zip(self._outputs, found, strict=True)}
 
 
@@ -123,9 +125,7 @@ class Exported(StableDiffusion):
 
     def add(self, one: Addition) -> NoReturn:
         """Refuse a LoRA or embedding file."""
-        raise UsageError(
-            f"{self.name} has ONNX files, to which {one.path} cannot be added", "add it to the model they were made of"
-        )
+        self.refuse(one.path)
 
     def plain(self, part: str, dtype: torch.dtype | None = None) -> NoReturn:  # noqa: ARG002 - a family's signature
         """Refuse to be exported or made one file."""
