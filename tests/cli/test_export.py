@@ -149,7 +149,6 @@ DIFFUSION = str(Path(dbcap_starter.__file__).parent / "diffusion")
     ("number", "words", "out"),
     [
         (signal.SIGINT, ("starter", "--int8", "--no-check"), "e"),
-        (signal.SIGTERM, ("starter", "--int8", "--no-check"), "e"),
         (signal.SIGKILL, ("starter", "--int8", "--no-check"), "e"),
         (signal.SIGINT, (DIFFUSION, "--onnx"), "e"),
         (signal.SIGTERM, ("starter", "--diffusers"), "e"),

@@ -32,7 +32,8 @@ def test_every_shape_comes_to_size(width, height, how, size):
     if how == "none":
         assert min(image.size) == size
         assert max(image.size) == pytest.approx(size * max(width, height) / min(width, height), abs=0.51)
-        assert (image.width >= image.height) == (width >= height)
+        # 16x17 comes to 8x8: nearly square ones may become square
+        assert image.width == image.height or (image.width > image.height) == (width > height)
     else:
         assert image.size == (size, size)
 

@@ -16,7 +16,7 @@ PAIRS = [
     pytest.param(("deit", "gpt2"), marks=pytest.mark.slow),
     pytest.param(("beit", "bert"), marks=pytest.mark.slow),
     pytest.param(("vit", "roberta"), marks=pytest.mark.slow),
-    ("swin", "trocr"),
+    pytest.param(("swin", "trocr"), marks=pytest.mark.slow),
 ]
 OPTIONS: list[dict[str, Any]] = [
     {},
