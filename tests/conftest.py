@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -14,6 +15,13 @@ import pytest
 from dbcap.testing import *  # noqa: F403 - pytest finds fixtures by name
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> None:
+    """Take signals as in a terminal: `nohup` and a shell's background jobs ignore some, and so would all they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

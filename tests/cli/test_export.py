@@ -159,7 +159,7 @@ DIFFUSION = str(Path(dbcap_starter.__file__).parent / "diffusion")
 )
 def test_a_signal_leaves_nothing_under_the_name(tmp_path, number, words, out):
     command = [sys.executable, "-m", "dbcap", "export", *words, "--out", out]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=_take_interrupts)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     until(lambda: list(tmp_path.glob(f".{out}.*.tmp")))
     process.send_signal(number)
     _, said = process.communicate()
@@ -169,11 +169,6 @@ def test_a_signal_leaves_nothing_under_the_name(tmp_path, number, words, out):
         assert process.returncode in (128 + number, -number)
         assert f"nothing was written to {out}" in said
         assert not list(tmp_path.iterdir())
-
-
-def _take_interrupts() -> None:
-    """A shell's background job ignores them, and so would a process that this one starts there."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_single_file_goes_beside_what_is_in_a_folder(cli, project):
