@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,37 @@ def test_what_is_there_is_refused_and_exports_are_replaced_by_force(tmp_path):
     write(out, force=True)
     assert (out / "file").read_text() == "True"
     assert names(tmp_path) == ["e"]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["e", "before"])
+def test_what_nothing_replaced_in_the_end_stays(tmp_path, monkeypatch, error, name):
+    write(tmp_path / name)
+    rename = Path.rename
+
+    def fail(path, to):
+        if to == tmp_path / name and not path.name.endswith(".before"):
+            raise error
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        with pytest.raises(type(error)):
+            write(tmp_path / name, force=True)
+    assert (tmp_path / name / "file").read_text() == "False"
+    assert names(tmp_path) == [name]
+    write(tmp_path / name, force=True)
+    assert (tmp_path / name / "file").read_text() == "True"
+
+
+def test_what_a_killed_export_was_replacing_comes_back(tmp_path):
+    write(tmp_path / "e")
+    (tmp_path / ".e.export.tmp").mkdir()
+    (tmp_path / "e").rename(tmp_path / ".e.export.tmp" / "e.before")
+    with pytest.raises(RuntimeError, match="failed"), whole_folder(tmp_path / "e", True):
+        raise RuntimeError("failed")
+    assert names(tmp_path) == ["e"]
+    assert (tmp_path / "e" / "file").read_text() == "False"
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[1]", "", '{"contents": []}'])

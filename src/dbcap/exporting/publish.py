@@ -138,23 +138,39 @@ def whole_file(out: Path, force: bool) -> Iterator[Path]:
 @contextlib.contextmanager
 def _whole(out: Path, force: bool, refused: Callable[[Path, bool], None]) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
-    refused(out, force)
     with _no_room(out), _parents(out), lock_beside(out), _beside(out) as place:
+        refused(out, force)
         made = place / out.name
         yield made
         sync_tree(place)
         refused(out, force)
-        if out.is_dir():
-            out.rename(place / "before")
-        made.rename(out)
+        try:
+            if out.is_dir():
+                out.rename(_before(place, out))
+            made.rename(out)
+        except BaseException:
+            _put_back(place, out)
+            raise
         sync_folder(out.parent)
+
+
+def _before(place: Path, out: Path) -> Path:
+    """Return where what is replaced stands for a moment."""
+    return place / f"{out.name}.before"
+
+
+def _put_back(place: Path, out: Path) -> None:
+    """Give what was to be replaced its name again, where nothing replaced it."""
+    if _before(place, out).exists() and not os.path.lexists(out):
+        _before(place, out).rename(out)
 
 
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
     """Make a hidden folder for as long as the block lasts. Its name is only for this `out`, whose lock is held."""
     place = out.with_name(f".{out.name}.export.tmp")
-    shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
+    _put_back(place, out)  # of an export that was killed
+    shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     try:
         yield place
