@@ -821,13 +821,13 @@ def check_hostile(data: bytes) -> None:
         assert str(failure).isprintable()
 
 
-@settings(max_examples=200, deadline=None, database=None)
+@settings(max_examples=200, database=None)
 @given(st.binary(max_size=400))
 def test_random_bytes(data: bytes) -> None:
     check_hostile(data)
 
 
-@settings(max_examples=600, deadline=None, database=None)
+@settings(max_examples=600, database=None)
 @given(
     st.sampled_from(sorted(SEEDS)),
     st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),

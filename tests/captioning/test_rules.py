@@ -21,7 +21,7 @@ from transformers import (
 
 from dbcap.captioning import rules
 
-EXAMPLES = settings(max_examples=150, deadline=None)
+EXAMPLES = settings(max_examples=150)
 SEEDS = st.integers(0, 2**32 - 1)
 PENALTIES = st.floats(0.01, 100)
 

@@ -196,7 +196,7 @@ def loop_case(**changes: Any) -> Any:
     return given(**drawn | changes)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250, derandomize=True)
 @loop_case()
 def test_the_loop_finds_what_transformers_finds(decoding, images, seed, vocabulary, ends, leaves):
     table = Table(vocabulary, ends, seed, leaves)
@@ -206,7 +206,7 @@ def test_the_loop_finds_what_transformers_finds(decoding, images, seed, vocabula
         assert scores_of(ours) == pytest.approx(scores_of(theirs), rel=1e-5, abs=1e-5)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @loop_case(vocabulary=st.integers(6, 9), ends=st.sampled_from([(1,), (0,)]))
 def test_a_vocabulary_smaller_than_twice_the_beams(decoding, images, seed, vocabulary, ends, leaves):
     """Beams that do not exist yet are among the best then."""
@@ -521,14 +521,14 @@ def test_a_tie_is_told_from_a_difference(captioners, pixels):
     assert not is_tie(engine, pixels[0], decoding, ours._special(), captions[1])
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=shared)
+@settings(max_examples=200, derandomize=True, suppress_health_check=shared)
 @cases
 def test_tokens_are_those_of_generate(captioners, pixels, kind, decoding, chosen):
     assert not differences(captioners, pixels, kind, decoding, chosen)
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=shared)
+@settings(max_examples=2000, suppress_health_check=shared)
 @cases
 def test_tokens_are_those_of_generate_in_many_more_cases(captioners, pixels, kind, decoding, chosen):
     assert not differences(captioners, pixels, kind, decoding, chosen)

@@ -276,7 +276,7 @@ def test_what_xml_cannot_hold_is_removed(source: Source) -> None:
     assert texts(data) == {"x-default": "ab cdef\U0001f600]]> g h"}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(st.text(), st.text(), st.sampled_from([FOREIGN, wrap(""), wrap("", f" {DC_NS} dc:description='OLD'")]))
 def test_any_text_reads_back(source: Source, first: str, second: str, content: str) -> None:
     put(source, content)

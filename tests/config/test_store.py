@@ -230,7 +230,7 @@ def test_all_keys_together_in_one_file(tmp_path):
     assert [path.read_text().count(table) for table in ("[caption]", "[generate]")] == [1, 1]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_any_text_survives(tmp_path, text):
     path = tmp_path / "config.toml"

@@ -25,7 +25,7 @@ def wide(width=300, height=100, at=0):
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(WAYS), st.sampled_from([8, 32]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_shape_comes_to_size(width, height, how, size):
     image = cropped(noise(width, height), how, size)
     assert image.mode == "RGB"

@@ -127,7 +127,7 @@ def test_scores_that_are_far_above_the_mean_are_torchs(monkeypatch):
     assert torch.equal(found, flash[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(5, 11), st.integers(5, 11)),

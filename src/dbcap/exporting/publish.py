@@ -171,8 +171,8 @@ def _beside(out: Path) -> Iterator[Path]:
     place = out.with_name(f".{out.name}.export.tmp")
     _put_back(place, out)  # of an export that was killed
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
     try:
+        place.mkdir()
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
