@@ -6,7 +6,8 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from dbcap.cli.app import run, send_again
+    from dbcap.cli.app import run
+    from dbcap.cli.signals import send_again
 
     # Importing torch and diffusers makes a million objects that stay. Looking through them for garbage again and again,
     # and once more at the end, took 2.3 of 7.7 seconds.

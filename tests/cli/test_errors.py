@@ -120,24 +120,3 @@ def test_a_signal_before_the_work_begins_is_one_line_too(project):
     script += "from dbcap.cli.app import run\nraise SystemExit(run(['config', 'show']))\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "error: terminated\n")
-
-
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
-def test_a_signal_while_an_object_is_taken_apart_is_not_lost(project, number, word):
-    script = f"""
-import os, sys, time
-from dbcap.__main__ import main
-from dbcap.cli import command
-class Last:
-    def __del__(self):
-        os.kill(os.getpid(), {int(number)})
-        time.sleep(0.1)
-def work(_):
-    Last()
-    time.sleep(20)
-command.resolve = work
-sys.argv[1:] = ["config", "show"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (128 + number, f"error: {word}\n")

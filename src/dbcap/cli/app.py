@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import _thread
-import signal
-import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from types import FrameType
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dbcap.errors import OK, SIGHUP, SIGINT, SIGTERM, DbcapError, Interrupted, UsageError, did_you_mean
+from dbcap.cli import signals
+from dbcap.errors import OK, DbcapError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -118,9 +114,7 @@ def _root(
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line. Returns the exit code; every error that a user can cause is one line on stderr."""
-    signal.signal(signal.SIGTERM, _terminate)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # `nohup` has it ignored
-        signal.signal(signal.SIGHUP, _terminate)
+    signals.take()
     try:
         return int(app(list(arguments), prog_name="dbcap", standalone_mode=False) or OK)
     except BaseException as error:  # noqa: BLE001 - the last stop: `explain` raises what it has no line for
@@ -128,19 +122,3 @@ def run(arguments: Sequence[str]) -> int:
         from dbcap.cli.output import Terminal
 
         return explain(error, Terminal())
-
-
-def _terminate(number: int, _frame: FrameType | None) -> None:
-    raise Interrupted(SIGTERM if number == signal.SIGTERM else SIGHUP)
-
-
-def send_again(lost: Any) -> None:
-    """Send a signal again whose exception Python dropped, since it came while an object was taken apart.
-
-    It is `sys.unraisablehook` of the command. Not at once: Python would drop it here too.
-    """
-    if not issubclass(lost.exc_type, KeyboardInterrupt | Interrupted):
-        sys.__unraisablehook__(lost)
-        return
-    code = lost.exc_value.exit_code if isinstance(lost.exc_value, Interrupted) else SIGINT
-    threading.Timer(0.05, _thread.interrupt_main, (code - 128,)).start()

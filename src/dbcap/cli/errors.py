@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dbcap.errors import FAILED, OK, SIGINT, USAGE, DbcapError, Interrupted, did_you_mean
+from dbcap.errors import FAILED, OK, SIGHUP, SIGINT, SIGTERM, USAGE, DbcapError, Interrupted, did_you_mean
 from dbcap.files import NO_ROOM
 
 if TYPE_CHECKING:
     from dbcap.cli.output import Terminal
 
 _UsageProblem, _Problem = typer.BadParameter.__mro__[1:3]  # typer's own errors, for which it has no public names
+
+
+_ENDS = {SIGINT: "interrupted", SIGTERM: "terminated", SIGHUP: "the terminal was closed"}
 
 
 def is_fault(error: Exception) -> bool:
@@ -31,7 +34,7 @@ def explain(error: BaseException, terminal: Terminal) -> int:
         return _nobody_reads()
     if isinstance(error, KeyboardInterrupt | Interrupted):
         code, state = (error.exit_code, error.state) if isinstance(error, Interrupted) else (SIGINT, "")
-        terminal.error(("interrupted" if code == SIGINT else "terminated") + (f": {state}" if state else ""))
+        terminal.error(_ENDS[code] + (f": {state}" if state else ""))
         return code
     if isinstance(error, _UsageProblem):
         if type(error).__name__ == "NoArgsIsHelpError":
