@@ -98,6 +98,7 @@ def test_captions_are_those_of_torch_and_torch_is_not_imported(starter_export, t
         (["starter", "--diffusers", "--check-images", "photos"], "--check-images is for ONNX files of captioners"),
         (["starter", "--single-file", "--no-fp32"], "--no-fp32 is for ONNX files of captioners, and not for"),
         (["starter", "--lora", "kohya"], "starter is no LoRA"),
+        (["x.safetensors", "--lora", "kohya", "--base", "."], "--base is for a whole model in one file"),
         (["--lora", "peft"], "--lora"),
         (["run:nobody", "--single-file"], "nobody"),
     ],

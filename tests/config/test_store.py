@@ -172,6 +172,7 @@ VALUES = {
     "generate.max_time": ("1h30m", "1h30m"),
     "generate.safety": ("true", True),
     "generate.on_error": ("stop", "stop"),
+    "export.base": ("configs", "configs"),
     "export.onnx": ("true", True),
     "export.fp16": ("true", True),
     "export.int8": ("yes", True),

@@ -225,8 +225,9 @@ def test_there_is_no_pipeline_of_an_export(gpt2):
 def test_engines_devices_and_variants_that_are_not_there(gpt2, tiny_captioner, export, tmp_path):
     with pytest.raises(UsageError, match="ONNX files only"):
         Captioner.load(gpt2, engine="torch")
-    with pytest.raises(UsageError, match="number format"):
+    with pytest.raises(UsageError, match=r"gpt2 is int8, and not bfloat16; choose dtype auto$"):
         Captioner.load(gpt2, dtype="bfloat16")
+    assert Captioner.load(f"{gpt2}:fp32", dtype="float32")
     with pytest.raises(UsageError, match="runs on the CPU"):
         Captioner.load(gpt2, device="cuda")
     with pytest.raises(ModelError, match="has no ONNX files") as raised:
@@ -270,13 +271,49 @@ def test_tokens_that_are_none_are_one_line(gpt2, tmp_path, settings, said):
 
 
 def test_a_damaged_file_is_one_line(gpt2, tmp_path):
-    import shutil
-
-    folder = tmp_path / "copy"
-    shutil.copytree(gpt2, folder)
-    (folder / "onnx" / "decoder_model_merged_int8.onnx").write_bytes(b"no graph")
+    folder = shutil.copytree(gpt2, tmp_path / "copy")
+    damaged = folder / "onnx" / "decoder_model_merged_int8.onnx"
+    damaged.write_bytes(damaged.read_bytes()[:8])
+    with pytest.raises(ModelError, match=r"decoder_model_merged_int8\.onnx has 8 bytes, and \d+ by its export\.json"):
+        Captioner.load(folder)
+    (folder / "export.json").unlink()
     with pytest.raises(ModelError, match=r"decoder_model_merged_int8\.onnx cannot be loaded"):
         Captioner.load(folder)
+
+
+@pytest.mark.parametrize("gone", ["encoder_model_int8.onnx", "decoder_model_merged_int8.onnx"])
+def test_half_a_variant_is_no_reason_for_another_one(gpt2, tmp_path, gone):
+    folder = shutil.copytree(gpt2, tmp_path / "copy")
+    (folder / "onnx" / gone).unlink()
+    for model in (folder, f"{folder}:int8"):
+        with pytest.raises(ModelError, match=rf"but not onnx/{gone}; it is an export and not whole"):
+            Captioner.load(model)
+    assert Captioner.load(f"{folder}:q4")
+    (folder / "export.json").unlink()
+    with pytest.raises(ModelError, match=rf"but not onnx/{gone}; copy it again"):
+        Captioner.load(folder)
+    for path in (folder / "onnx").glob("*_int8.onnx"):
+        path.unlink()
+    assert Captioner.load(folder)
+
+
+def test_halves_of_two_models_are_refused(gpt2, export, tmp_path):
+    folder = shutil.copytree(gpt2, tmp_path / "copy")
+    other = export(write_tiny(tmp_path / "m", seed=1), tmp_path / "o", int8=True, fp32=False)
+    shutil.copyfile(other / "onnx" / "encoder_model_int8.onnx", folder / "onnx" / "encoder_model_int8.onnx")
+    with pytest.raises(ModelError, match="are not of one model"):
+        Captioner.load(folder)
+
+
+def test_the_tokenizer_of_another_model_makes_no_captions(gpt2, tiny_captioner, tmp_path, pictures):
+    for number, model in enumerate((gpt2, tiny_captioner)):
+        folder = shutil.copytree(model, tmp_path / str(number))
+        told = json.loads((folder / "tokenizer.json").read_text())
+        few = {word: token for word, token in told["model"]["vocab"].items() if token < 5}
+        told["model"] |= {"vocab": few, "merges": []}
+        (folder / "tokenizer.json").write_text(json.dumps(told))
+        with pytest.raises(ModelError, match=rf"{number} does not know the token \d+, which the model made"):
+            Captioner.load(folder).caption(pictures)
 
 
 def test_the_models_own_settings_hold_for_the_export(gpt2):

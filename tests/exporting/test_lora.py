@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dbcap.errors import ModelError, UsageError
-from dbcap.exporting.lora import convert, spelled
+from dbcap.exporting.lora import NAMES, convert, spelled
 from dbcap.models import identity, lora
 from dbcap.models.layout import read_object
 from dbcap.models.parts import published
@@ -137,6 +137,7 @@ def test_every_module_is_spelled_out_as_it_was():
         modules = [UNet2DConditionModel(**widths), CLIPTextModelWithProjection(text)]
     paths = [path for one in modules for path, layer in one.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     assert len(paths) > 250
+    assert {word for path in paths for word in path.split(".") if not word.isdigit()} < NAMES
     wrong = [path for path in map(published, paths) if published(spelled(lora.flat(path))) != path]
     assert not wrong
 
@@ -150,6 +151,8 @@ TO_Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     [
         ({"lora_unet_x.lora_mid.weight": torch.ones(1)}, "is LoRA with a Tucker core"),
         ({"something.else": torch.ones(1)}, "does not know what something.else is"),
+        ({f"lora_unet_foo_bar.{end}": tensor for end, tensor in PAIR.items()}, "no unet has a place for foo.bar"),
+        ({f"unet.foo_bar.0.{end}": tensor for end, tensor in PAIR.items()}, "no unet has a place for foo_bar.0"),
         ({"other_x.lora_up.weight": torch.ones(1)}, "there is no place for other_x.lora_up.weight"),
     ],
 )

@@ -130,6 +130,39 @@ def test_a_single_file_has_no_place_for_a_new_word(make, of_run):
     assert not Path("one.safetensors").exists()
 
 
+def test_a_folder_that_a_word_was_added_to_is_no_single_file_either(make, of_run):
+    of_run("embedding")
+    folder = make("run:dog-1", diffusers=True)
+    with pytest.raises(UsageError, match=r"a single file has no place for the word <dog-1> of .*/e; --diffusers has"):
+        make(folder, "one.safetensors", single_file=True)
+    assert not Path("one.safetensors").exists()
+
+
+def test_a_lora_is_not_rounded_to_the_numbers_of_its_model(make, write_run, tiny_diffusion):
+    half = make(tiny_diffusion, "half.safetensors", single_file=True, fp16=True)
+    run = write_run(model=str(half), revision=located(str(half)).revision, method="lora")
+    run.final.mkdir(parents=True)
+    halves = {f"unet.{LAYER}.lora_A.weight": torch.ones(1, 64), f"unet.{LAYER}.lora_B.weight": 1e-5 * torch.ones(64, 1)}
+    save_file(halves, run.final / "lora.safetensors")
+    expected = weights(half)[f"unet.{LAYER}.weight"].float() + 1e-5
+    for out, options in (("one.safetensors", {"single_file": True}), ("folder", {"diffusers": True})):
+        found = weights(make("run:dog-1", out, **options))
+        assert torch.equal(found[f"unet.{LAYER}.weight"], expected)
+        assert found["vae.quant_conv.weight"].dtype == torch.float16
+
+
+def test_a_file_without_configs_takes_those_of_a_folder(make, tiny_diffusion):
+    path = make(tiny_diffusion, "one.safetensors", single_file=True)
+    save_file(load_file(path), "bare.safetensors")
+    with pytest.raises(ModelError, match="give --base FOLDER"):
+        make("bare.safetensors", "e", diffusers=True)
+    assert equal(
+        weights(tiny_diffusion), weights(make("bare.safetensors", "e", diffusers=True, base=str(tiny_diffusion)))
+    )
+    with pytest.raises(UsageError, match=r"--base goes with a model that is a \.safetensors file"):
+        make(tiny_diffusion, "f", diffusers=True, base=str(tiny_diffusion))
+
+
 @pytest.mark.parametrize("method", ["full", "embedding"])
 def test_a_run_without_lora_has_none_to_export(method, make, of_run):
     of_run(method)

@@ -102,6 +102,13 @@ def test_the_current_folder_is_not_pulled_away(tmp_path, monkeypatch, place):
     assert names(tmp_path / "e") == [MANIFEST, "file"]
 
 
+@pytest.mark.parametrize("name", ["bad\udcff", "bad\udcff/e"])
+def test_a_name_that_libraries_do_not_take_is_refused_at_once(tmp_path, name):
+    with pytest.raises(UsageError, match="is no UTF-8"):
+        write(tmp_path / name)
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", ["file", "other folder", "link"])
 def test_force_replaces_nothing_else(tmp_path, kind):
     out = tmp_path / "e"

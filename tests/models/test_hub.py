@@ -117,6 +117,14 @@ def test_offline_asks_nothing(how, served, heard, monkeypatch):
     assert served.requests == []
 
 
+def test_offline_with_a_model_of_another_engine(served, heard):
+    missing = refusal(heard=heard, kind="onnx", offline=True)
+    get(heard=heard)
+    line = refusal(heard=heard, kind="onnx", offline=True)
+    assert "is not in the cache" in missing
+    assert line == f"{NAME} has no ONNX files in the cache; `dbcap export {NAME} --onnx` makes them of what is there"
+
+
 def test_offline_and_not_cached(served, heard):
     line = refusal(heard=heard, offline=True)
     assert f"`dbcap models pull {NAME}`" in line

@@ -160,7 +160,7 @@ def test_a_base_of_another_model_is_one_line(alone, heard, tmp_path):
 
 
 def test_a_base_is_for_files(heard, tiny_diffusion):
-    with pytest.raises(UsageError, match=r"--base goes with a --model that is a \.safetensors file"):
+    with pytest.raises(UsageError, match=r"--base goes with a model that is a \.safetensors file"):
         find(tiny_diffusion, heard, tiny_diffusion)
 
 

@@ -20,7 +20,7 @@ from dbcap.captioning.failures import model_errors
 from dbcap.captioning.loading import Loaded, foreign_settings, load_weights
 from dbcap.captioning.search import Found, Special, enough_rows
 from dbcap.captioning.search import search as run_search
-from dbcap.captioning.settings import positions_of, special_tokens
+from dbcap.captioning.settings import positions_of, refuse_unknown, special_tokens
 from dbcap.errors import DbcapError, ModelError, UsageError
 from dbcap.events import Events
 from dbcap.models.device import Choice
@@ -141,7 +141,12 @@ class TransformersCaptioner:
         return [[Candidate(self.text(one.tokens).strip(), one.score) for one in row] for row in found]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return what tokens spell, without the special ones and not stripped: GPT-2's end with a space at times."""
+        """Return what tokens spell, without the special ones and not stripped: GPT-2's end with a space at times.
+
+        Raises ModelError for one that the tokenizer does not know.
+        """
+        if isinstance(self.tokenizer, transformers.PreTrainedTokenizerBase):  # a caller's own may do nothing but decode
+            refuse_unknown(tokens, self.tokenizer.convert_ids_to_tokens, self.name)
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     @torch.inference_mode()

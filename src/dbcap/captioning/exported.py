@@ -15,7 +15,7 @@ from dbcap.captioning.decoding import Decoding
 from dbcap.captioning.engines.onnx import OnnxEngine
 from dbcap.captioning.preprocessing import Preprocessing
 from dbcap.captioning.search import Found, search
-from dbcap.captioning.settings import GENERATION, decoding_defaults, positions_of, special_tokens
+from dbcap.captioning.settings import GENERATION, decoding_defaults, positions_of, refuse_unknown, special_tokens
 from dbcap.errors import ModelError
 from dbcap.models.layout import CONFIG, read_object
 from dbcap.plugins.api import Candidate, Capabilities
@@ -83,7 +83,8 @@ class ExportedCaptioner:
         return search(self.engine, pixels, decoding, self._special, seeds)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return what tokens spell, without the special ones and not stripped."""
+        """Return what tokens spell, without the special ones and not stripped. Raises ModelError for an unknown one."""
+        refuse_unknown(tokens, self._tokenizer.id_to_token, self.name)
         text = str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
         if self._cleans:
             for spaced, clean in _CLEANED.items():

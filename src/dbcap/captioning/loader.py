@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ENGINES = ("auto", "torch", "onnx")
+_DTYPES = {"fp32": "float32", "fp16": "float16"}
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "q4": 0.6}
 
 
@@ -79,14 +80,14 @@ def _exported(
     if engine == "torch":
         raise UsageError(f"{name} has ONNX files only, which torch does not run", "the engine onnx does")
     if place not in ("auto", "cpu"):
-        raise UsageError(f"the ONNX engine runs on the CPU, not on {place}", "leave out --device")
-    if dtype != "auto":
-        raise UsageError(f"the number format of {name} is that of its file", f"leave out --dtype {dtype}")
+        raise UsageError(f"the ONNX engine runs on the CPU, not on {place}", "choose --device cpu")
     if compiled:
         events.say("--compile is left out: torch.compile has no part in the ONNX engine")
     encoder, decoder = local.onnx
     standard = exported.standard_in(local.folder) if encoder.parent == local.folder else "fp32"
     variant = encoder.stem.removeprefix("encoder_model").lstrip("_") or standard
+    if dtype not in ("auto", _DTYPES.get(variant)):
+        raise UsageError(f"{name} is {variant}, and not {dtype}", "choose --dtype auto")
     parameters = int(sum(path.stat().st_size for path in local.onnx) / _BYTES.get(variant, 4))
     choice = device.choose(
         device="cpu", dtype="float32", batch_size=batch_size, parameters=parameters, threads=cpu.cores()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +59,11 @@ def special_tokens(settings: Mapping[str, Any]) -> Special:
     start, pad = settings.get("decoder_start_token_id"), settings.get("pad_token_id")
     start = settings.get("bos_token_id") if start is None else start
     return Special(start, ends, (ends[0] if ends else 0) if pad is None else pad)
+
+
+def refuse_unknown(tokens: Sequence[int], spelt: Callable[[int], Any], model: str) -> None:
+    """Raise ModelError for a token that the tokenizer does not know: it would be left out of the caption."""
+    for token in tokens:
+        if spelt(token) is None:
+            hint = "it is another model's: copy or fetch the model again"
+            raise ModelError(f"the tokenizer of {model} does not know the token {token}, which the model made", hint)

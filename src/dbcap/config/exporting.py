@@ -31,6 +31,13 @@ class ExportConfig(Section):
         " for --lora that of a LoRA; if none is given, the captioner of the settings.",
         required=False,
     )
+    base: Place | None = option(
+        None,
+        "Take configs and tokenizers of a one-file MODEL from this folder.",
+        group=FORMATS,
+        metavar="FOLDER",
+        unset="from the file's header, or the hub's cache",
+    )
     onnx: bool = option(False, "Write ONNX graphs in float32.", group=FORMATS)
     fp16: bool = option(
         False, "Write ONNX graphs in float16; with --single-file its numbers, else as they are.", group=FORMATS

@@ -22,7 +22,7 @@ from dbcap.errors import ModelError
 from dbcap.exporting import calibrate, graphs, onnx_file, quantise
 from dbcap.exporting.quantise import LEAST_SHARE, Ranges
 from dbcap.exporting.written import Written
-from dbcap.models.exported import EXTERNAL, FOLDER, files_of
+from dbcap.models.exported import EXTERNAL, FOLDER, MODEL, files_of
 from dbcap.models.hub import LocalModel
 from dbcap.models.layout import read_object
 from dbcap.models.libraries import clear_errors, quiet_libraries
@@ -55,6 +55,8 @@ class CaptionerExport:
         self._config = self._model.config
         self._generation = self._model.generation_config
         self._encoder, self._decoder = graphs.make(self._model, self._name)
+        for graph in (self._encoder, self._decoder):
+            graph.metadata_props[MODEL] = local.revision
         self._release()
 
     def write(self, folder: Path, variants: Sequence[str], layout: str, calibration: Sequence[str]) -> list[Written]:

@@ -34,6 +34,13 @@ _WORDS = (
     *("text_projection",),
 )
 """Names with underscores that modules of denoisers and text encoders have; all other underscores are dots."""
+NAMES = {
+    *_WORDS,
+    *("attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj"),
+    *("conv", "conv1", "conv2", "encoder", "layers", "mlp", "fc1", "fc2"),
+    *("embeddings", "token_embedding", "position_embedding"),
+}
+"""All names that stand in paths of layers, but numbers."""
 _SPELLING = re.compile("|".join(_WORDS))
 _XL_STATES = 2048
 """Numbers that XL's denoiser is told of each token; those of Stable Diffusion 1 and 2 are told 768 or 1024."""
@@ -120,6 +127,8 @@ def _modules(read: lora.Lora, source: Path, originals: Mapping[str, str]) -> Ite
                 shapes = f"{tuple(pair.up.shape)} x {tuple(pair.down.shape)}"
                 raise ModelError(f"{source}: {name} is {shapes}, which is no product", "the file is damaged")
             path = pair.module if "." in pair.module else originals.get(name) or spelled(name)
+            if any(word not in NAMES and not word.isdigit() for word in path.split(".")):
+                raise UsageError(f"{source}: no {part} has a place for {path}", "it is for a model of another kind")
             alpha = pair.rank if pair.alpha is None else pair.alpha
             yield Module(part, published(path), pair.down, pair.up, float(alpha))
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from dbcap.exporting.written import Written
 from dbcap.models import families, folders
 from dbcap.models.layout import CONFIG, read_object
@@ -31,7 +33,7 @@ def write_file(local: LocalModel, path: Path, half: bool, header: Mapping[str, s
 def write_folder(local: LocalModel, folder: Path) -> list[Written]:
     """Fill a folder in diffusers' layout. Raises UsageError for a LoRA or embedding that does not fit."""
     family = opened(local)
-    weights = {part: family.plain(part).state_dict() for part in family.added_to}
+    weights = {part: family.plain(part, torch.float32).state_dict() for part in family.added_to}
     folders.write(local, family.config, weights, folder, family.identity_with([]))
     if any(one.embedding for one in local.additions):
         for tokenizer, (name, encoder, _) in zip(family.tokenizers, family.text_parts, strict=True):

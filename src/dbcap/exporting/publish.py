@@ -40,12 +40,21 @@ def refuse_file(out: Path, force: bool) -> None:
 
 def _refuse(out: Path, force: bool, why_not: Callable[[Path], str]) -> None:
     name = shown(str(out))
+    if not _is_utf8(out):
+        raise UsageError(f"{name} is no UTF-8, and libraries take no other names", OTHERS)
     if not os.path.lexists(out):
         _refuse_parent(out)
     elif reason := why_not(out):
         raise UsageError(f"{name} {reason}", OTHERS)
     elif not force:
         raise UsageError(f"{name} is there already", f"{OTHERS}, or replace it with --force")
+
+
+def _is_utf8(out: Path) -> bool:
+    try:
+        return bool(os.path.abspath(out).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _refuse_parent(out: Path) -> None:
@@ -59,7 +68,7 @@ def _refuse_parent(out: Path) -> None:
 def _foreign(out: Path) -> str:
     """Return why --force does not replace a folder, an empty text where it does."""
     if out.is_symlink() or not out.is_dir():
-        return "is no folder, and --force replaces only exports"
+        return f"is {'a link' if out.is_symlink() else 'no folder'}, and --force replaces only exports"
     if Path.cwd().is_relative_to(out.resolve()):
         return "is the current folder or holds it"
     if not os.listdir(out):

@@ -47,6 +47,8 @@ def run(
     text = config.models[0] if config.models else diffusion if kind == "diffusion" else captioner
     if "calibrate" in given and config.calibrate and not config.int8:
         raise UsageError("--calibrate needs --int8")
+    if "base" in given and config.format == "lora":
+        raise UsageError("--base is for a whole model in one file, and not for --lora", "leave out --base")
     name = _name_of(hub.parsed(text))
     out = Path(config.out) if config.out else Path(f"{name}-export")
     if config.format in FILES:
@@ -57,7 +59,7 @@ def run(
     try:
         if config.format == "lora":
             return _lora(config, common, events, text, out, given)
-        local = _located(text, kind, common, events)
+        local = _located(text, kind, config, common, events)
         _refuse_source(out, local.single.path if local.single else local.folder)
         return _export(config, common, events, local, out, given)
     except (KeyboardInterrupt, Interrupted) as error:
@@ -74,9 +76,15 @@ def _name_of(spec: ModelSpec) -> str:
     return spec.repo.rpartition("/")[2] or spec.name
 
 
-def _located(text: str, kind: str | None, common: CommonConfig, events: Events) -> LocalModel:
+def _located(text: str, kind: str | None, config: ExportConfig, common: CommonConfig, events: Events) -> LocalModel:
     return hub.locate(
-        text, kind=kind, offline=common.offline, allow_pickle=common.allow_pickle, events=events, home=cache_dir()
+        text,
+        kind=kind,
+        base=config.base,
+        offline=common.offline,
+        allow_pickle=common.allow_pickle,
+        events=events,
+        home=cache_dir(),
     )
 
 
@@ -171,7 +179,7 @@ def _lora(
     if spec.kind == "file" and spec.path:
         source = Addition(spec.path, 1.0, sha256_of(spec.path))
     elif spec.kind == "run":
-        local = _located(text, "diffusion", common, events)
+        local = _located(text, "diffusion", config, common, events)
         own = [one for one in local.additions if one.own and not one.embedding]
         if not own:
             whole = "--diffusers" if local.additions else "--single-file"

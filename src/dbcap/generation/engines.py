@@ -31,9 +31,9 @@ def choose(config: GenerateConfig, local: LocalModel, threads: int | None) -> Ch
     if config.engine == "torch":
         raise UsageError(f"{name} has ONNX files only", "leave out --engine torch")
     if config.device not in ("auto", "cpu"):
-        raise UsageError(f"the ONNX engine runs on the CPU, not on {config.device}", "leave out --device")
+        raise UsageError(f"the ONNX engine runs on the CPU, not on {config.device}", "choose --device cpu")
     if config.dtype not in ("auto", "float32"):  # which is what goes in and comes out
-        raise UsageError(f"the number format of {name} is that of its files", f"leave out --dtype {config.dtype}")
+        raise UsageError(f"the number format of {name} is that of its files", "choose --dtype auto")
     choice = device.choose(
         device="cpu",
         dtype="float32",

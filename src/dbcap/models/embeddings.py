@@ -68,6 +68,12 @@ def written_out(text: str, tokenizer: Any) -> str:
     return text
 
 
+def added_words(tokenizer: Any) -> list[str]:
+    """Return the words that a tokenizer of transformers has beyond its vocabulary."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    return [token.content for number, token in tokens if number >= tokenizer.vocab_size]
+
+
 def read(path: Path, encoders: int) -> Embedding:
     """Read a file for a model with that many text encoders. Raises UsageError for one that is none, or for another.
 

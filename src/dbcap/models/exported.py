@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from dbcap.errors import ModelError, UsageError
 from dbcap.models.layout import PIPELINE, Choice, read_object, small_of
@@ -16,6 +17,8 @@ PREFERRED = ("int8", "fp32", "fp16", "q4")
 FOLDER = "onnx"
 MANIFEST = "export.json"
 """What `dbcap export` says of a folder that it wrote."""
+MODEL = "dbcap.model"
+"""The key in a graph's metadata of what it was made of, which is equal in both halves."""
 EXTERNAL = "_data"
 """What the file with the weights beside a large graph has after its ending."""
 
@@ -58,22 +61,41 @@ def choose(names: Collection[str], where: str, variant: str = "", standard: str 
 
 
 def choose_in(folder: Path, where: str, variant: str = "") -> Choice:
-    """Return which files of `folder` are read."""
-    return choose(names_in(folder), where, variant, standard_in(folder))
+    """Return which files of `folder` are read, as `choose`; raises `ModelError` too for half of what would be."""
+    names = names_in(folder)
+    for one in (variant,) if variant else PREFERRED:
+        files = [f"{FOLDER}/{name}" for name in (files_of(one) if one in SUFFIXES else ())]
+        there = [name for name in files if name in names]
+        if len(there) == 1:
+            missing = next(name for name in files if name not in names)
+            raise ModelError(f"{where} has {there[0]}, but not {missing}", "copy it again, or remove the other one too")
+        if there:
+            break
+    return choose(names, where, variant, standard_in(folder))
 
 
 def standard_in(folder: Path) -> str:
     """Return which variant the files with standard names are that are not in `FOLDER`; see `variants`."""
-    told = recorded(folder).get(files_of("fp32")[0], "")
+    told = str(recorded(folder).get(files_of("fp32")[0], {}).get("variant"))
     return told if told in SUFFIXES else "fp32"
 
 
-def recorded(folder: Path) -> dict[str, str]:
-    """Return the ONNX files that the manifest of a folder names, and the variant of each; none without a manifest."""
+def check_sizes(folder: Path, where: str, names: Collection[str]) -> None:
+    """Raise `ModelError` for one of these files whose size is not what the manifest says."""
+    told = recorded(folder)
+    for name in names:
+        size = (folder / name).stat().st_size
+        if (wanted := told.get(name, {}).get("size", size)) != size:
+            what = f"{where}: {name} has {size} bytes, and {wanted} by its {MANIFEST}"
+            raise ModelError(what, "copy the folder again")
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what the manifest of a folder says of its ONNX files, by their names; nothing without a manifest."""
     try:
         files = read_object(folder / MANIFEST)["files"]
-        return {one["name"]: str(one["variant"]) for one in files if one["name"].endswith(".onnx")}
-    except (ModelError, LookupError, TypeError, AttributeError):
+        return {one["name"]: dict(one) for one in files if one["name"].endswith(".onnx")}
+    except (ModelError, LookupError, TypeError, ValueError, AttributeError):
         return {}
 
 

@@ -98,7 +98,7 @@ def locate(
     if spec.kind == "file":
         return _one_file(spec, kind, base, home)
     if base is not None:
-        raise UsageError("--base goes with a --model that is a .safetensors file", f"{text} has its own configs")
+        raise UsageError("--base goes with a model that is a .safetensors file", f"{text} has its own configs")
     if spec.kind == "run":
         how = {"safety": safety, "offline": offline, "allow_pickle": allow_pickle, "events": events, "home": home}
         return _of_run(spec, kind, how)
@@ -246,14 +246,14 @@ def _from_hub(
     missing = f"the safety checker of {spec.text}" if checker else spec.text
     if offline:
         message = f"{missing} is not in the cache, and --offline (or HF_HUB_OFFLINE) forbids to fetch it"
-        raise absent(spec, message, checker)
+        raise absent(spec, message, checker, kind)
     try:
         found = remote.ask(spec.repo, spec.revision, timeout=_CHECK_SECONDS if cached else ASK_SECONDS, events=events)
     except HubOutOfReachError as error:
         if cached:
             events.detail(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
             return cached
-        raise absent(spec, f"{error.message}, and {missing} is not in the cache", checker) from error
+        raise absent(spec, f"{error.message}, and {missing} is not in the cache", checker, kind) from error
     except ModelError as error:
         if cached:
             events.warn(f"{error.message}: using {spec.text} as it is in the cache ({cached[1][:12]})")
@@ -286,16 +286,22 @@ def layout_of(folder: Path, where: str, kind: str | None, safety: bool = False, 
                 raise UsageError(
                     f"{where} is a diffusion pipeline, whose folder has one precision", f"leave out :{variant}"
                 )
-            return pipelines.choose_in(folder, where, safety=safety, onnx=kind == "diffusion-onnx")
-        names = exported.names_in(folder)
-        files = exported.variants(names) or exported.recorded(folder)
-        if kind == "onnx" or variant or (files and not has_weights(names)):
-            return exported.choose_in(folder, where, variant)
-        return choose_in(folder, where)
+            choice: Files = pipelines.choose_in(folder, where, safety=safety, onnx=kind == "diffusion-onnx")
+        elif kind == "onnx" or variant or _is_export(folder):
+            choice = exported.choose_in(folder, where, variant)
+        else:
+            return choose_in(folder, where)
+        exported.check_sizes(folder, where, choice.names)
+        return choice
     except ModelError as error:
         if is_pipeline == diffusion and exported.recorded(folder):
             raise ModelError(error.message, "it is an export and not whole: export the model again") from error
         raise
+
+
+def _is_export(folder: Path) -> bool:
+    names = exported.names_in(folder)
+    return bool(exported.variants(names) or exported.recorded(folder)) and not has_weights(names)
 
 
 def in_cache(spec: ModelSpec, kind: str | None, safety: bool = False) -> tuple[Path, str] | None:
@@ -315,7 +321,12 @@ def whole(folder: Path, kind: str | None = None, safety: bool = False) -> bool:
         return False
 
 
-def absent(spec: ModelSpec, message: str, checker: bool = False) -> ModelError:
+def absent(spec: ModelSpec, message: str, checker: bool = False, kind: str | None = None) -> ModelError:
+    if kind in _OF_ONNX and in_cache(spec, _OF_ONNX[kind]):
+        return ModelError(
+            f"{spec.text} has no ONNX files in the cache",
+            f"`dbcap export {spec.text} --onnx` makes them of what is there",
+        )
     if checker:
         return ModelError(message, "when online, the same command fetches it; without --safety it is not needed")
     return ModelError(

@@ -49,6 +49,9 @@ _DTYPES = {
 class MappedWeights:
     """The tensors of one or more safetensors files. Raises what `safe_open` raises for a damaged one."""
 
+    _start = ""
+    """What the names begin with of those that count."""
+
     def __init__(self, files: Sequence[Path]) -> None:
         self._maps: list[mmap.mmap] = []
         self._stamps: dict[int, tuple[Path, tuple[int, ...]]] = {}
@@ -63,7 +66,8 @@ class MappedWeights:
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """The number format of the largest tensor."""
-        return max((view for mapped in self._maps for _, view in _views(mapped)), key=lambda view: view.numel()).dtype
+        views = (view for mapped in self._maps for name, view in _views(mapped) if name.startswith(self._start))
+        return max(views, key=lambda view: view.numel()).dtype
 
     @property
     def names(self) -> list[str]:

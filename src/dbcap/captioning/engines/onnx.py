@@ -30,6 +30,7 @@ from onnxruntime import OrtValue
 from dbcap.captioning.rules import Best, Ids
 from dbcap.captioning.search import MIN_ROWS
 from dbcap.errors import ModelError
+from dbcap.models.exported import MODEL
 from dbcap.models.onnx_session import check, opened, run_errors
 
 HANDED = "encoder_hidden_states"
@@ -81,7 +82,8 @@ class OnnxEngine:
         check(self._encoder, encoder, ["pixel_values"], ["last_hidden_state"])
         cross = [f"cross.{number}" for number in range(len(past))]
         check(self._decoder, decoder, [*STEP, *cross, *self._past], self._outputs)
-        if self._encoder.get_outputs()[0].shape[1:2] != [len(cross)]:  # keys and values of each layer
+        has_layers = self._encoder.get_outputs()[0].shape[1:2] == [len(cross)]  # keys and values of each
+        if not has_layers or self._encoder.get_modelmeta().custom_metadata_map.get(MODEL) != told.get(MODEL):
             raise ModelError(f"{encoder} and {decoder} are not of one model", "export the model again")
 
     def encode(self, pixels: npt.NDArray[np.float32], width: int, length: int) -> Cache:  # noqa: ARG002

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from dbcap.errors import ModelError, UsageError
 from dbcap.models import denoiser, embeddings, lora, parts, tensors
-from dbcap.models.embeddings import Embedding
+from dbcap.models.embeddings import Embedding, added_words
 from dbcap.models.families.description import Description
 from dbcap.models.families.original import OriginalWeights, to_original, unet_names
 from dbcap.models.libraries import clear_errors, compile_module
@@ -274,13 +274,17 @@ class StableDiffusion(Description):
     ) -> None:
         """Write the model, with LoRA merged, as one file; with its configs and tokenizers in the header.
 
-        Numbers stay as they are, or become float16. Raises ModelError for a part that such files have no place for and
-        for a weight too large for float16, UsageError for an embedding, OSError where it cannot be written.
+        Numbers stay as they are, but for sums with a LoRA, which are float32; or all become float16. Raises ModelError
+        for a part that such files have no place for and for a weight too large for float16, UsageError for words that
+        were added, OSError where it cannot be written.
         """
         if self._embeddings:
             one = self._embeddings[0].path
             raise UsageError(f"a single file has no place for the word of {one}", f"give {one} to users beside it")
-        states = {part: self.plain(part).state_dict() for part in self._kinds}
+        if words := [word for one in self.tokenizers for word in added_words(one)]:
+            raise UsageError(f"a single file has no place for the word {words[0]} of {self.name}", "--diffusers has")
+        dtypes = dict.fromkeys(self.added_to, torch.float32)
+        states = {part: self.plain(part, dtypes.get(part)).state_dict() for part in self._kinds}
         state = to_original(self.original_kind, {part: self.config(part) for part in states}, states)
         files = {name: (self.folder / name).read_text("utf-8") for name in small_in(self.folder)}
         if self._local.trained:
