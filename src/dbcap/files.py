@@ -139,7 +139,8 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = self.path.open("ab")
         except OSError as error:
-            raise UsageError(f"cannot open the lock file {self.path}: {error.strerror}") from error
+            message = f"cannot open the lock file {self.path}: {error.strerror}"
+            raise UsageError(message, "write to another place") from error
         for _ in range(_TRIES):  # somebody may have it for the moment in which he looks whether it is held
             try:
                 if sys.platform == "win32":

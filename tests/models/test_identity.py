@@ -29,7 +29,7 @@ def test_most_files_say_nothing(tmp_path):
 @pytest.mark.parametrize("document", ["{", "[]", "3", '{"identifier": 3}', '{"class": ["dog"]}'])
 def test_what_is_damaged_is_named(tmp_path, document):
     (tmp_path / IDENTITY).write_text(document)
-    with pytest.raises(ModelError, match="of its identifier is damaged"):
+    with pytest.raises(ModelError, match="of its identifier and class is damaged; fetch or copy it again"):
         of_folder(tmp_path)
 
 

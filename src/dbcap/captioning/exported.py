@@ -41,7 +41,8 @@ class ExportedCaptioner:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises that very class
-            raise ModelError(f"{name} has no readable tokenizer.json: {error}") from error
+            hint = "copy it again, or export the model again"
+            raise ModelError(f"{name} has no readable tokenizer.json: {error}", hint) from error
         told = read_object(folder / "tokenizer_config.json")
         # As transformers: not for BPE, whose spaces before a full stop are the text's own.
         self._cleans = bool(told.get("clean_up_tokenization_spaces")) and type(self._tokenizer.model).__name__ != "BPE"

@@ -82,7 +82,7 @@ def read(path: Path, encoders: int) -> Embedding:
     try:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "it must be a .safetensors file") from error
+        raise ModelError(f"{path} cannot be read: {error}", "it must be a whole .safetensors file") from error
     word = path.stem
     if set(_OF_XL) <= found.keys():
         vectors = [found[name] for name in _OF_XL]

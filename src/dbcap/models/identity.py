@@ -41,7 +41,7 @@ def of_header(path: Path) -> Identity:
         with safe_open(path, "numpy") as file:
             said = (file.metadata() or {}).get(HEADER)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "it must be a .safetensors file") from error
+        raise ModelError(f"{path} cannot be read: {error}", "it must be a whole .safetensors file") from error
     return _parsed(said, str(path)) if said else Identity()
 
 
@@ -63,9 +63,11 @@ def agreed(found: Iterable[tuple[str, Identity]]) -> Identity:
 def _parsed(document: str | bytes, where: str) -> Identity:
     try:
         said: Any = json.loads(document)
-        words = said.get("identifier"), said.get("class")
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"what {where} says of its identifier is damaged: {error}") from error
-    if any(word is not None and not isinstance(word, str) for word in words):
-        raise ModelError(f"what {where} says of its identifier is damaged: it is no text")
+        words = [said.get("identifier"), said.get("class")]
+        sound = all(word is None or isinstance(word, str) for word in words)
+    except (ValueError, AttributeError):
+        sound = False
+    if not sound:
+        what = f"what {where} says of its identifier and class is damaged"
+        raise ModelError(what, "fetch or copy it again, or write it anew")
     return Identity(*words)

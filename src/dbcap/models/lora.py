@@ -142,7 +142,7 @@ def read(path: Path, scale: float, has: Mapping[str, bool]) -> Lora:
                     raise ModelError(f"{path}: {key} is in it a second time, by another name", _TWICE)
                 setattr(pair, kind, _sound(key, kind, file.get_tensor(key), path))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "it must be a .safetensors file") from error
+        raise ModelError(f"{path} cannot be read: {error}", "it must be a whole .safetensors file") from error
     for part, pairs in lora.parts.items():
         for name, pair in pairs.items():
             if pair.down is None or pair.up is None:
