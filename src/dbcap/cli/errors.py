@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from dbcap.cli.output import Terminal
 
 _UsageProblem, _Problem = typer.BadParameter.__mro__[1:3]  # typer's own errors, for which it has no public names
-
-
 _ENDS = {SIGINT: "interrupted", SIGTERM: "terminated", SIGHUP: "the terminal was closed"}
 
 
@@ -34,7 +32,7 @@ def explain(error: BaseException, terminal: Terminal) -> int:
         return _nobody_reads()
     if isinstance(error, KeyboardInterrupt | Interrupted):
         code, state = (error.exit_code, error.state) if isinstance(error, Interrupted) else (SIGINT, "")
-        terminal.error(_ENDS[code] + (f": {state}" if state else ""))
+        terminal.error(_ENDS.get(code, "terminated") + (f": {state}" if state else ""))
         return code
     if isinstance(error, _UsageProblem):
         if type(error).__name__ == "NoArgsIsHelpError":
