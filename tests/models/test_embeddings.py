@@ -84,5 +84,5 @@ def test_files_that_do_not_fit_are_named(folders, tmp_path, model, tensors, word
 def test_a_damaged_file_is_one_line(folders, tmp_path):
     (tmp_path / "new.safetensors").write_bytes(b"\x08")
     one = family(folders["sd"])
-    with pytest.raises(ModelError, match=r"new\.safetensors cannot be read: .*; it must be a \.safetensors file"):
+    with pytest.raises(ModelError, match=r"new\.safetensors cannot be read: .*; it must be a whole \.safetensors file"):
         one.add_embedding(tmp_path / "new.safetensors")
